@@ -234,3 +234,26 @@ class SignBalance:
 
 
 Statistic = OrderStatistic | Moments | Gram | SignBalance
+
+
+# ---- what a chunk must hold ----------------------------------------------------------------------
+
+
+class Grain(enum.IntEnum):
+    """The smallest piece of a tensor that a statistic or walk can be given on its own."""
+
+    ELEMENT = 0
+    ROW = 1
+    TENSOR = 2
+
+
+def grain(request: Statistic | Walk) -> Grain:
+    """Return how finely a tensor may be cut for `request`; results do not depend on the cutting."""
+    if isinstance(request, OrderStatistic):
+        return Grain.ROW if request.scope == "row" else Grain.ELEMENT
+    if isinstance(request, Gram):
+        return Grain.ELEMENT if request.axis is Axis.TENSOR else Grain.ROW
+    drop = request.keep.drop
+    if isinstance(drop, RankedDrop):
+        return Grain.ROW if drop.axis is Axis.ROW else Grain.TENSOR
+    return Grain.ELEMENT

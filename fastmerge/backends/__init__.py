@@ -55,10 +55,11 @@ class Chunk:
 
 
 class Sweep(Protocol):
-    """One statistic of one tensor or model, fed chunk by chunk in ascending order of index.
+    """One statistic, fed chunk by chunk in ascending order of index.
 
     Feed all chunks, then call `next_pass`: true asks for all chunks again. Then `result`.
-    `offset` is the tensor's offset in the model's flattened order (0 for tensor scope).
+    A sweep is over one tensor, except order statistics of model scope, which are fed every tensor of the
+    model with its `offset` in the model's flattened order.
     """
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None: ...
@@ -72,7 +73,7 @@ class Kernels(Protocol):
     name: str
 
     def sweep(self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType) -> Sweep:
-        """Start a statistic over a unit of n elements (of the whole model for model scope)."""
+        """Start a statistic over n elements (all of the model's for order statistics of model scope)."""
         ...
 
     def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:

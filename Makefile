@@ -1,0 +1,41 @@
+# Each target sets up what it needs: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.ready
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+
+.PHONY: venv demo test test-all lint bench clean
+
+venv: $(STAMP)
+
+# torch first and alone: a later resolver must find it and never choose another build.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,oracle,demo]'
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/python examples/demo_images.py --work build/demo/images
+	$(BIN)/python examples/demo_encoder.py --work build/demo/encoder
+
+test: venv
+	$(BIN)/pytest -q -m 'not huge'
+
+test-all: venv
+	$(BIN)/pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check fastmerge tests benchmarks examples setup.py
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.[ch]pp' -o -name '*.inl')
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/report.py --check
+
+bench: venv
+	$(BIN)/python benchmarks/bench_merge.py
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)

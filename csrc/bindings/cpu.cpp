@@ -1,0 +1,289 @@
+// fastmerge._cpu: addresses, sizes and small float64 arrays in; results out. Checks live in fastmerge/ops.py;
+// here only what would corrupt memory is checked again. The GIL is released around all work.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+
+#include "core/philox.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/pool.hpp"
+#include "cpu/sweeps.hpp"
+#include "io/transfer.hpp"
+
+namespace py = pybind11;
+using namespace fastmerge;
+
+namespace {
+
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+DType dtype_of(int code) {
+    if (code < 0 || code > int(DType::BF16)) throw std::invalid_argument("unknown dtype code");
+    return DType(code);
+}
+
+/// Operands with the storage behind their pointer arrays.
+struct PyOperands {
+    std::vector<const void*> experts;
+    std::vector<DType> types;
+    Operands view;
+
+    PyOperands(uintptr_t base, int base_type, const std::vector<uintptr_t>& addresses,
+               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols) {
+        if (addresses.size() != codes.size() || start < 0 || n < 0 || cols < 1)
+            throw std::invalid_argument("operands: sizes do not fit");
+        for (const uintptr_t a : addresses) experts.push_back(reinterpret_cast<const void*>(a));
+        for (const int c : codes) types.push_back(dtype_of(c));
+        view.base = reinterpret_cast<const void*>(base);
+        view.base_type = dtype_of(base_type);
+        view.expert = experts.data(), view.expert_type = types.data();
+        view.n_experts = int(experts.size());
+        view.start = start, view.n = n, view.cols = cols;
+    }
+    PyOperands(const PyOperands&) = delete;
+};
+
+/// A Keep that owns its arrays.
+struct PyKeep {
+    Keep plan;
+    std::vector<py::object> owned;
+    std::vector<double> low, high;
+    std::vector<uint64_t> key;
+    std::vector<const uint8_t*> given;
+
+    void cut(const std::string& which, Doubles value, Longs last_tie, int axis) {
+        if (value.ndim() != 2 || last_tie.ndim() != 2 || value.size() != last_tie.size())
+            throw std::invalid_argument("cut: value and last_tie must be [K, units]");
+        Cut& c = which == "trim" ? plan.trim : which == "remove" ? plan.remove : plan.select;
+        c = {value.data(), last_tie.data(), value.shape(1), Axis(axis)};
+        owned.push_back(value), owned.push_back(last_tie);
+    }
+    void drop(int kind, std::vector<double> lo, std::vector<double> hi, std::vector<uint64_t> keys, int axis,
+              bool by_value, bool rescale) {
+        low = std::move(lo), high = std::move(hi), key = std::move(keys);
+        if (low.size() != key.size() || high.size() != key.size())
+            throw std::invalid_argument("drop: one probability and key per expert");
+        plan.drop = DropKind(kind);
+        plan.p_low = low.data(), plan.p_high = high.data(), plan.key = key.data();
+        plan.drop_axis = Axis(axis), plan.by_value = by_value, plan.rescale = rescale;
+    }
+    void masks(const std::vector<uintptr_t>& addresses) {
+        given.clear();
+        for (const uintptr_t a : addresses) given.push_back(reinterpret_cast<const uint8_t*>(a));
+        plan.given = given.data();
+    }
+};
+
+struct PyWalk {
+    WalkPlan plan;
+    py::object keep;  // keeps the arrays of plan.keep alive
+    Doubles coefficient;
+    std::vector<double> vote_scale, divisor_weight;
+
+    PyWalk(py::object keep_object, Doubles c, int axis, int vote, int on_zero, std::vector<double> scale,
+           bool take_max, int divide, double divisor, std::vector<double> weight, double floor, double lambda,
+           bool add_base)
+        : keep(keep_object), coefficient(c), vote_scale(std::move(scale)), divisor_weight(std::move(weight)) {
+        if (c.ndim() != 2) throw std::invalid_argument("coefficient must be [K, units]");
+        plan.keep = keep.cast<PyKeep&>().plan;
+        plan.coefficient = coefficient.data(), plan.units = coefficient.shape(1);
+        plan.axis = Axis(axis), plan.vote = Vote(vote), plan.on_zero = OnZero(on_zero);
+        plan.vote_scale = vote_scale.empty() ? nullptr : vote_scale.data();
+        plan.take_max = take_max, plan.divide = Divide(divide), plan.divisor = divisor;
+        plan.divisor_weight = divisor_weight.empty() ? nullptr : divisor_weight.data();
+        plan.floor = floor, plan.lambda = lambda, plan.add_base = add_base;
+    }
+};
+
+void check(const Keep& keep, const PyOperands& in) {
+    const int64_t n = in.view.n, cols = in.view.cols;
+    const bool rows = keep.drop == DropKind::Ranked && keep.drop_axis == Axis::Row;
+    if (rows && (n % cols || in.view.start % cols))
+        throw std::invalid_argument("a ranked drop needs whole rows");
+}
+
+template <class T>
+py::array_t<T> to_array(const std::vector<T>& v, std::vector<py::ssize_t> shape) {
+    py::array_t<T> out(shape);
+    std::copy(v.begin(), v.end(), out.mutable_data());
+    return out;
+}
+
+int64_t find_nonfinite(uintptr_t address, int code, int64_t n) {
+    const void* expert[1] = {reinterpret_cast<const void*>(address)};
+    const DType type[1] = {dtype_of(code)};
+    Operands in;
+    in.expert = expert, in.expert_type = type, in.n_experts = 1, in.n = n;
+    const bool f64 = type[0] == DType::F64;
+    const uint64_t inf = f64 ? uint64_t(generic::KeyOf<double>::inf) : generic::KeyOf<float>::inf;
+    uint64_t keys[1024];
+    for (int64_t a = 0; a < n; a += 1024) {
+        const int64_t b = std::min<int64_t>(n, a + 1024);
+        kernels().keys(in, 0, f64, a, b, keys);
+        for (int64_t i = a; i < b; ++i)
+            if (keys[i - a] >= inf) return i;
+    }
+    return -1;
+}
+
+/// Page-aligned anonymous memory, huge pages where the kernel gives them, returned to it when freed.
+class Arena {
+  public:
+    explicit Arena(int64_t n_bytes) : n_bytes_(size_t(n_bytes > 0 ? n_bytes : 1)) {
+        memory_ = mmap(nullptr, n_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                       -1, 0);
+        if (memory_ == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(memory_, n_bytes_, MADV_HUGEPAGE);
+#endif
+    }
+    ~Arena() { munmap(memory_, n_bytes_); }
+    Arena(const Arena&) = delete;
+    uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_); }
+
+  private:
+    size_t n_bytes_;
+    void* memory_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "fastmerge CPU kernels: see csrc/cpu and docs/numerics.md";
+    using nogil = py::gil_scoped_release;
+
+    py::class_<PyOperands>(m, "Operands")
+        .def(py::init<uintptr_t, int, const std::vector<uintptr_t>&, const std::vector<int>&, int64_t,
+                      int64_t, int64_t>());
+    py::class_<PyKeep>(m, "Keep")
+        .def(py::init<>())
+        .def("cut", &PyKeep::cut)
+        .def("drop", &PyKeep::drop)
+        .def("masks", &PyKeep::masks);
+    py::class_<PyWalk>(m, "Walk").def(py::init<py::object, Doubles, int, int, int, std::vector<double>, bool,
+                                               int, double, std::vector<double>, double, double, bool>());
+
+    m.def("walk", [](const PyWalk& w, const PyOperands& in, bool f64, uintptr_t out, int out_type) {
+        check(w.plan.keep, in);
+        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+        bool bad = false;
+        nogil release;
+        run_walk(w.plan, in.view, f64, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
+        return bad;
+    });
+    m.def("keep_mask", [](const PyKeep& k, const PyOperands& in, bool f64) {
+        check(k.plan, in);
+        py::array_t<uint8_t> out({py::ssize_t(in.view.n_experts), py::ssize_t(in.view.n)});
+        uint8_t* p = out.mutable_data();
+        {
+            nogil release;
+            run_keep_mask(k.plan, in.view, f64, p);
+        }
+        return out;
+    });
+    m.def("keep_probability", [](const PyKeep& k, const PyOperands& in, bool f64) {
+        check(k.plan, in);
+        py::array_t<double> out({py::ssize_t(in.view.n_experts), py::ssize_t(in.view.n)});
+        double* p = out.mutable_data();
+        {
+            nogil release;
+            run_keep_probability(k.plan, in.view, f64, p);
+        }
+        return out;
+    });
+    m.def("sign_balance", [](const PyWalk& w, const PyOperands& in, bool f64) {
+        check(w.plan.keep, in);
+        nogil release;
+        return run_sign_balance(w.plan, in.view, f64);
+    });
+
+    py::class_<OrderSweep>(m, "OrderSweep")
+        .def(py::init([](int n_keys, bool variance, std::vector<std::vector<int64_t>> ranks, double fraction,
+                         bool all_ties, bool by_row, int64_t n, int64_t cols, bool f64) {
+            return new OrderSweep(
+                OrderRequest{n_keys, variance, std::move(ranks), fraction, all_ties, by_row, n, cols, f64});
+        }))
+        .def("feed",
+             [](OrderSweep& s, const PyOperands& in, int64_t offset) {
+                 nogil release;
+                 s.feed(in.view, offset);
+             })
+        .def("next_pass", &OrderSweep::next_pass, py::call_guard<nogil>())
+        .def("result", [](const OrderSweep& s) {
+            std::vector<std::vector<double>> value;
+            std::vector<std::vector<int64_t>> last_tie;
+            s.result(value, last_tie);
+            py::list out;
+            for (size_t r = 0; r < value.size(); ++r) {
+                const std::vector<py::ssize_t> shape = {
+                    s.units() ? py::ssize_t(value[r].size()) / py::ssize_t(s.units()) : 0,
+                    py::ssize_t(s.units())};
+                out.append(py::make_tuple(to_array(value[r], shape), to_array(last_tie[r], shape)));
+            }
+            return out;
+        });
+    py::class_<MomentSweep>(m, "MomentSweep")
+        .def(py::init<int, bool>())
+        .def("feed",
+             [](MomentSweep& s, const PyKeep& k, const PyOperands& in) {
+                 check(k.plan, in);
+                 nogil release;
+                 s.feed(k.plan, in.view);
+             })
+        .def("result", [](MomentSweep& s) {
+            std::vector<double> sums, maxima;
+            s.result(sums, maxima);
+            const py::ssize_t K = py::ssize_t(maxima.size() / 2);
+            return py::make_tuple(to_array(sums, {K, py::ssize_t(N_SUMS)}), to_array(maxima, {K, 2}));
+        });
+    py::class_<GramSweep>(m, "GramSweep")
+        .def(py::init([](int k, int axis, int64_t n, int64_t cols, bool f64) {
+            return new GramSweep(k, Axis(axis), n, cols, f64);
+        }))
+        .def("feed",
+             [](GramSweep& s, const PyOperands& in) {
+                 nogil release;
+                 s.feed(in.view);
+             })
+        .def("result", [](GramSweep& s) {
+            const std::vector<double> v = s.result();
+            return to_array(v, {py::ssize_t(s.pairs()), py::ssize_t(s.units())});
+        });
+
+    m.def("find_nonfinite", &find_nonfinite, py::call_guard<nogil>());
+    m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+        const generic::Philox4 r = generic::philox4x32_10(c0, c1, c2, c3, k0, k1);
+        return py::make_tuple(r.w[0], r.w[1], r.w[2], r.w[3]);
+    });
+    m.def("set_threads", &set_threads, py::call_guard<nogil>());
+    m.def("available_threads", &available_threads);
+    m.def("isa", [] { return kernels().isa; });
+    m.def("available_isas", &available_isas);
+    m.def("set_isa", &set_isa);
+
+    py::class_<Arena>(m, "Arena").def(py::init<int64_t>()).def_property_readonly("address", &Arena::address);
+    py::class_<Transfers>(m, "Transfers")
+        .def(py::init<bool, int>())
+        .def("submit",
+             [](Transfers& t, const std::vector<std::tuple<int, int64_t, int64_t, uintptr_t>>& list) {
+                 std::vector<Segment> segments;
+                 for (const auto& s : list)
+                     segments.push_back({std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)});
+                 return t.submit(segments);
+             })
+        .def("wait",
+             [](Transfers& t, int64_t ticket) -> py::object {
+                 TransferError e;
+                 {
+                     nogil release;
+                     e = t.wait(ticket);
+                 }
+                 if (!e.failed) return py::none();
+                 return py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
+             })
+        .def("close", &Transfers::close, py::call_guard<nogil>());
+}

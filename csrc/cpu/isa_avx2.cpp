@@ -1,0 +1,2 @@
+#define FM_ISA avx2
+#include "cpu/kernels.inl"

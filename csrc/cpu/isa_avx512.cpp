@@ -1,0 +1,2 @@
+#define FM_ISA avx512
+#include "cpu/kernels.inl"

@@ -1,0 +1,2 @@
+#define FM_ISA baseline
+#include "cpu/kernels.inl"

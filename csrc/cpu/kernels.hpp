@@ -1,0 +1,60 @@
+// The kernels of one instruction set, as a table of function pointers; csrc/cpu/dispatch.cpp picks a table.
+#pragma once
+#include "core/plan.hpp"
+
+namespace fastmerge {
+
+/// Ranks of |delta| within rows (or the tensor) for a ranked drop, over one chunk.
+struct Ranks {
+    const uint32_t* rank = nullptr;  // [K, n], unused when by_value
+    const double* low = nullptr;     // [K, units] least |delta|, when by_value
+    const double* high = nullptr;    // [K, units] largest |delta|, when by_value
+    int64_t unit = 1;                // elements of a unit
+};
+
+/// Index of the six sums that `moments` takes of each expert.
+enum Moment : int { AbsRaw = 0, AbsKept = 1, SquareRaw = 2, SquareKept = 3, N_SUMS = 4 };
+
+/// What an order statistic is over: expert `k`'s |delta|, or with k = -1 the variance over experts.
+struct KernelTable {
+    const char* isa;
+
+    /// Merge elements [a, b) of the chunk into out; true if an operand is not finite.
+    bool (*walk)(const WalkPlan&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b, void* out,
+                 DType out_type);
+    /// Write [K, n] uint8 for elements [a, b).
+    void (*keep_mask)(const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b,
+                      uint8_t* out);
+    /// Add elements [a, b) to lanes [K, N_SUMS, BLOCK] and maxima [K, 2]; lane = flat index mod BLOCK.
+    void (*moments)(const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b, double* lanes,
+                    double* maxima);
+    /// Add elements [a, b) to lanes [pairs, BLOCK]; lane = (position + a) mod BLOCK; pairs (j, k), j <= k.
+    void (*gram)(const Operands&, bool f64, int64_t a, int64_t b, int64_t position, double* lanes);
+    /// Add rows [r0, r1) of columns [c0, c1) to sums [pairs, cols].
+    void (*gram_columns)(const Operands&, bool f64, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                         double* sums);
+    /// Coordinates of [a, b) that elect plus, less those that elect minus.
+    int64_t (*sign_balance)(const WalkPlan&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b);
+
+    /// Write the keys of elements [a, b) to out[0 .. b-a).
+    void (*keys)(const Operands&, int k, bool f64, int64_t a, int64_t b, uint64_t* out);
+    /// Count the digit (key >> shift) & (2^width - 1) of the keys whose higher bits are `prefix`.
+    void (*histogram)(const Operands&, int k, bool f64, int64_t a, int64_t b, int shift, int width,
+                      uint64_t prefix, uint64_t* bins);
+    /// Count keys equal to `key` in [a, b).
+    int64_t (*count_equal)(const Operands&, int k, bool f64, int64_t a, int64_t b, uint64_t key);
+    /// Chunk-relative index of the q-th (from 1) key equal to `key` in [a, b), or -1.
+    int64_t (*find_equal)(const Operands&, int k, bool f64, int64_t a, int64_t b, uint64_t key, int64_t q);
+    /// Ranks (ascending |delta|, lower index first) of the m elements from `a`.
+    void (*rank_unit)(const Operands&, int k, bool f64, int64_t a, int64_t m, uint32_t* rank);
+};
+
+/// The table in use: the best level this machine has, or the one FASTMERGE_CPU_ISA or set_isa names.
+const KernelTable& kernels();
+const char* best_isa();
+/// Space-separated levels that this machine can run, lowest first.
+const char* available_isas();
+/// False if the machine cannot run that level or it is unknown.
+bool set_isa(const char* name);
+
+}  // namespace fastmerge

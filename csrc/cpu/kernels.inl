@@ -1,0 +1,384 @@
+// The loop nests around core/stages.hpp. Included once per instruction set with FM_ISA set to its name; knows
+// nothing of the instruction set itself. Templates of the standard library may be instantiated here only
+// with types of this namespace: a shared instantiation could carry AVX-512 code into other callers.
+#include <algorithm>
+#include <memory>
+
+#include "core/stages.hpp"
+#include "cpu/kernels.hpp"
+
+namespace fastmerge {
+namespace FM_ISA {
+namespace {
+
+/// Length of the block that starts at chunk index i: ends at a multiple of BLOCK and, if asked, of a row.
+inline int block_length(const Operands& in, int64_t i, int64_t b, bool split_rows) {
+    const int64_t flat = in.start + i;
+    int64_t m = BLOCK - flat % BLOCK;
+    if (split_rows) m = std::min<int64_t>(m, in.cols - flat % in.cols);
+    return int(std::min(m, b - i));
+}
+
+inline bool splits_rows(const Keep& k) {
+    return (k.trim.value && k.trim.axis == Axis::Row) || (k.remove.value && k.remove.axis == Axis::Row);
+}
+
+/// Keep probabilities of expert k's block by rank or by value; see docs/numerics.md.
+template <class Real>
+inline void rank_probability(const Keep& plan, const Operands& in, const Ranks& ranks, int k, int64_t i,
+                             int m, const Real* d, double* p) {
+    const double low = plan.p_low[k], span = plan.p_high[k] - plan.p_low[k];
+    for (int j = 0; j < m; ++j) {
+        double q = 0.5;
+        if (plan.by_value) {
+            const int64_t units = in.n / ranks.unit, u = (i + j) / ranks.unit;
+            const double lo = ranks.low[k * units + u], hi = ranks.high[k * units + u];
+            const double width = hi - lo;
+            const double denominator = width + 1e-7;
+            q = (double(absolute(d[j])) - lo) / denominator;
+        } else if (ranks.unit > 1) {
+            q = double(ranks.rank[int64_t(k) * in.n + i + j]) / double(ranks.unit - 1);
+        }
+        const double rise = span * q;
+        p[j] = low + rise;
+    }
+}
+
+/// One block of every expert, in order: f(k, d, v, keep, scaled) with v the kept delta (rescaled if scaled).
+template <class Real, class F>
+inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t i, int m,
+                          const Real* base, F&& f) {
+    const bool plain = !keep.any();
+    Mask<Real> select[BLOCK];
+    if (keep.select.value) {
+        Real var[BLOCK];
+        variance_block(in, i, m, base, var);
+        for (int j = 0; j < BLOCK; ++j) select[j] = ~Mask<Real>(0);
+        apply_cut(keep.select.value[0], keep.select.last_tie[0], true, in.start + i, var, select);
+    }
+    bool bad = false;
+    for (int k = 0; k < in.n_experts; ++k) {
+        Real d[BLOCK], v[BLOCK], inv[BLOCK];
+        Mask<Real> kept[BLOCK];
+        bad |= load_delta(in, k, i, m, base, d);
+        if (plain) {
+            f(k, d, d, static_cast<const Mask<Real>*>(nullptr), static_cast<const Real*>(nullptr));
+            continue;
+        }
+        double p[BLOCK];
+        if (keep.drop == DropKind::Ranked) rank_probability(keep, in, ranks, k, i, m, d, p);
+        const bool scaled = keep_block(keep, in.cols, in.n_experts, k, in.start, i, m, d,
+                                       keep.select.value ? select : nullptr, p, kept, inv);
+        for (int j = 0; j < BLOCK; ++j) v[j] = d[j];
+        zero_dropped<Real>(kept, v);
+        f(k, d, v, kept, scaled ? inv : nullptr);
+    }
+    return bad;
+}
+
+/// Coefficients of a block: one for all its elements, or one per column.
+template <class Real>
+inline void weigh(const WalkPlan& plan, const Operands& in, int k, int64_t i, int m, const Real* v,
+                  Real* value) {
+    const double* c = plan.coefficient + int64_t(k) * plan.units;
+    if (plan.axis == Axis::Column) {
+        Real coefficient[BLOCK] = {};
+        for (int j = 0; j < m; ++j) coefficient[j] = Real(c[(in.start + i + j) % in.cols]);
+        for (int j = 0; j < BLOCK; ++j) value[j] = v[j] * coefficient[j];
+        return;
+    }
+    const Real coefficient = Real(c[unit_of(plan.axis, in.start + i, in.cols)]);
+    for (int j = 0; j < BLOCK; ++j) value[j] = v[j] * coefficient;
+}
+
+template <class Real>
+bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, int64_t a, int64_t b, void* out,
+                DType out_type) {
+    const bool split = splits_rows(plan.keep) || plan.axis == Axis::Row;
+    const Real lambda = Real(plan.lambda), divisor = Real(plan.divisor), floor = Real(plan.floor);
+    bool bad = false;
+    for (int64_t i = a; i < b;) {
+        const int m = block_length(in, i, b, split);
+        Real base[BLOCK], merged[BLOCK];
+        if (in.base) bad |= load_block<Real>(in.base, in.base_type, i, m, base);
+        Camps<Real> camps;
+        if (plan.vote != Vote::None) camps.clear();
+        bad |= visit_experts<Real>(
+            plan.keep, in, ranks, i, m, base,
+            [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inv) {
+                Real v[BLOCK], value[BLOCK];
+                if (inv)
+                    for (int j = 0; j < BLOCK; ++j) v[j] = kept[j] * inv[j];
+                else
+                    for (int j = 0; j < BLOCK; ++j) v[j] = kept[j];
+                weigh(plan, in, k, i, m, v, value);
+                if (plan.vote != Vote::None) {
+                    const Real w = plan.divisor_weight ? Real(plan.divisor_weight[k]) : Real(1);
+                    const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
+                    add_to_camps(plan.vote, plan.take_max, w, s, v, value, camps);
+                } else if (k == 0) {
+                    for (int j = 0; j < BLOCK; ++j) merged[j] = value[j];
+                } else if (plan.take_max) {
+                    for (int j = 0; j < BLOCK; ++j)
+                        merged[j] = absolute(value[j]) > absolute(merged[j]) ? value[j] : merged[j];
+                } else {
+                    for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] + value[j];
+                }
+            });
+        if (plan.vote != Vote::None)
+            elect_block(plan.vote, plan.on_zero, plan.divide == Divide::Weight, floor, camps, merged);
+        if (plan.divide == Divide::Constant)
+            for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] / divisor;
+        if (plan.lambda != 1.0)
+            for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] * lambda;
+        if (plan.add_base)
+            for (int j = 0; j < BLOCK; ++j) merged[j] = base[j] + merged[j];
+        store_run(merged, out, out_type, i, m);
+        i += m;
+    }
+    return bad;
+}
+
+template <class Real>
+void keep_mask_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
+                     uint8_t* out) {
+    for (int64_t i = a; i < b;) {
+        const int m = block_length(in, i, b, splits_rows(keep));
+        Real base[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        visit_experts<Real>(keep, in, ranks, i, m, base,
+                            [&](int k, const Real*, const Real*, const Mask<Real>* kept, const Real*) {
+                                uint8_t* row = out + int64_t(k) * in.n + i;
+                                for (int j = 0; j < m; ++j) row[j] = kept ? kept[j] != 0 : 1;
+                            });
+        i += m;
+    }
+}
+
+template <class Real>
+void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
+                   double* lanes, double* maxima) {
+    for (int64_t i = a; i < b;) {
+        const int m = block_length(in, i, b, splits_rows(keep));
+        const int lane = int((in.start + i) % BLOCK);
+        Real base[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        visit_experts<Real>(keep, in, ranks, i, m, base,
+                            [&](int k, const Real* d, const Real* v, const Mask<Real>*, const Real*) {
+                                double* sum = lanes + int64_t(k) * N_SUMS * BLOCK + lane;
+                                double high = maxima[2 * k], high_kept = maxima[2 * k + 1];
+                                for (int j = 0; j < m; ++j) {
+                                    const double x = double(d[j]), y = double(v[j]);
+                                    const double ax = x < 0 ? -x : x, ay = y < 0 ? -y : y;
+                                    sum[AbsRaw * BLOCK + j] += ax;
+                                    sum[AbsKept * BLOCK + j] += ay;
+                                    sum[SquareRaw * BLOCK + j] += x * x;
+                                    sum[SquareKept * BLOCK + j] += y * y;
+                                    high = ax > high ? ax : high;
+                                    high_kept = ay > high_kept ? ay : high_kept;
+                                }
+                                maxima[2 * k] = high, maxima[2 * k + 1] = high_kept;
+                            });
+        i += m;
+    }
+}
+
+template <class Real>
+void gram_range(const Operands& in, int64_t a, int64_t b, int64_t position, double* lanes) {
+    const int K = in.n_experts;
+    const std::unique_ptr<Real[]> d(new Real[size_t(K) * BLOCK]);
+    for (int64_t i = a; i < b;) {
+        const int lane = int((position + i) % BLOCK);
+        const int m = int(std::min<int64_t>(BLOCK - lane, b - i));
+        Real base[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        for (int k = 0; k < K; ++k) load_delta(in, k, i, m, base, d.get() + size_t(k) * BLOCK);
+        double* sum = lanes + lane;
+        for (int j = 0; j < K; ++j)
+            for (int k = j; k < K; ++k, sum += BLOCK) {
+                const Real *x = d.get() + size_t(j) * BLOCK, *y = d.get() + size_t(k) * BLOCK;
+                for (int e = 0; e < m; ++e) sum[e] += double(x[e]) * double(y[e]);
+            }
+        i += m;
+    }
+}
+
+template <class Real>
+void gram_columns_range(const Operands& in, int64_t r0, int64_t r1, int64_t c0, int64_t c1, double* sums) {
+    const int K = in.n_experts;
+    const std::unique_ptr<Real[]> d(new Real[size_t(K) * BLOCK]);
+    for (int64_t r = r0; r < r1; ++r)
+        for (int64_t c = c0; c < c1; c += BLOCK) {
+            const int m = int(std::min<int64_t>(BLOCK, c1 - c));
+            const int64_t i = r * in.cols + c;
+            Real base[BLOCK];
+            if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+            for (int k = 0; k < K; ++k) load_delta(in, k, i, m, base, d.get() + size_t(k) * BLOCK);
+            double* sum = sums + c;
+            for (int j = 0; j < K; ++j)
+                for (int k = j; k < K; ++k, sum += in.cols) {
+                    const Real *x = d.get() + size_t(j) * BLOCK, *y = d.get() + size_t(k) * BLOCK;
+                    for (int e = 0; e < m; ++e) sum[e] += double(x[e]) * double(y[e]);
+                }
+        }
+}
+
+template <class Real>
+int64_t sign_balance_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, int64_t a,
+                           int64_t b) {
+    const bool split = splits_rows(plan.keep) || plan.axis == Axis::Row;
+    int64_t balance = 0;
+    for (int64_t i = a; i < b;) {
+        const int m = block_length(in, i, b, split);
+        Real base[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        Camps<Real> camps;
+        camps.clear();
+        visit_experts<Real>(plan.keep, in, ranks, i, m, base,
+                            [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inv) {
+                                Real v[BLOCK], value[BLOCK];
+                                for (int j = 0; j < BLOCK; ++j) v[j] = inv ? kept[j] * inv[j] : kept[j];
+                                weigh(plan, in, k, i, m, v, value);
+                                const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
+                                add_to_camps(plan.vote, false, Real(1), s, v, value, camps);
+                            });
+        for (int j = 0; j < m; ++j) {
+            const Real total =
+                plan.vote == Vote::NormFrac ? camps.best_vote[j] : camps.plus_votes[j] + camps.minus_votes[j];
+            balance += int(total > 0) - int(!(total >= 0));
+        }
+        i += m;
+    }
+    return balance;
+}
+
+/// Visit the keys of [a, b) a block at a time: f(i, m, keys).
+template <class Real, class F>
+inline void visit_keys(const Operands& in, int k, int64_t a, int64_t b, F&& f) {
+    for (int64_t i = a; i < b; i += BLOCK) {
+        const int m = int(std::min<int64_t>(BLOCK, b - i));
+        Real base[BLOCK], d[BLOCK];
+        Key<Real> keys[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        if (k < 0)
+            variance_block(in, i, m, base, d);
+        else
+            load_delta(in, k, i, m, base, d);
+        for (int j = 0; j < BLOCK; ++j) keys[j] = key_of(d[j]);
+        f(i, m, keys);
+    }
+}
+
+template <class Real>
+void keys_range(const Operands& in, int k, int64_t a, int64_t b, uint64_t* out) {
+    visit_keys<Real>(in, k, a, b, [&](int64_t i, int m, const Key<Real>* keys) {
+        for (int j = 0; j < m; ++j) out[i - a + j] = keys[j];
+    });
+}
+
+template <class Real>
+void histogram_range(const Operands& in, int k, int64_t a, int64_t b, int shift, int width, uint64_t prefix,
+                     uint64_t* bins) {
+    const Key<Real> digit = Key<Real>((uint64_t(1) << width) - 1);
+    const bool all = shift + width >= int(8 * sizeof(Real)) - 1;  // the top digit has no prefix
+    visit_keys<Real>(in, k, a, b, [&](int64_t, int m, const Key<Real>* keys) {
+        for (int j = 0; j < m; ++j)
+            if (all || uint64_t(keys[j] >> (shift + width)) == prefix) ++bins[(keys[j] >> shift) & digit];
+    });
+}
+
+template <class Real>
+int64_t count_equal_range(const Operands& in, int k, int64_t a, int64_t b, uint64_t key) {
+    int64_t count = 0;
+    visit_keys<Real>(in, k, a, b, [&](int64_t, int m, const Key<Real>* keys) {
+        int equal = 0;
+        for (int j = 0; j < m; ++j) equal += keys[j] == Key<Real>(key);
+        count += equal;
+    });
+    return count;
+}
+
+template <class Real>
+int64_t find_equal_range(const Operands& in, int k, int64_t a, int64_t b, uint64_t key, int64_t q) {
+    int64_t at = -1;
+    visit_keys<Real>(in, k, a, b, [&](int64_t i, int m, const Key<Real>* keys) {
+        for (int j = 0; j < m && at < 0; ++j)
+            if (keys[j] == Key<Real>(key) && --q == 0) at = i + j;
+    });
+    return at;
+}
+
+template <class Real>
+struct Ranked {
+    Key<Real> key;
+    uint32_t index;
+    bool operator<(const Ranked& o) const { return key != o.key ? key < o.key : index < o.index; }
+};
+
+template <class Real>
+void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* rank) {
+    const std::unique_ptr<Ranked<Real>[]> order(new Ranked<Real>[size_t(m)]);
+    visit_keys<Real>(in, k, a, a + m, [&](int64_t i, int len, const Key<Real>* keys) {
+        for (int j = 0; j < len; ++j) order[i - a + j] = {keys[j], uint32_t(i - a + j)};
+    });
+    std::sort(order.get(), order.get() + m);
+    for (int64_t r = 0; r < m; ++r) rank[order[r].index] = uint32_t(r);
+}
+
+// The table's entries choose the compute type; everything below them is a template over it.
+#define FM_CHOOSE(call_f32, call_f64) return f64 ? call_f64 : call_f32
+
+bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
+          DType t) {
+    FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
+}
+void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,
+               uint8_t* out) {
+    FM_CHOOSE(keep_mask_range<float>(p, in, r, a, b, out), keep_mask_range<double>(p, in, r, a, b, out));
+}
+void moments(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, double* lanes,
+             double* maxima) {
+    FM_CHOOSE(moments_range<float>(p, in, r, a, b, lanes, maxima),
+              moments_range<double>(p, in, r, a, b, lanes, maxima));
+}
+void gram(const Operands& in, bool f64, int64_t a, int64_t b, int64_t position, double* lanes) {
+    FM_CHOOSE(gram_range<float>(in, a, b, position, lanes), gram_range<double>(in, a, b, position, lanes));
+}
+void gram_columns(const Operands& in, bool f64, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                  double* sums) {
+    FM_CHOOSE(gram_columns_range<float>(in, r0, r1, c0, c1, sums),
+              gram_columns_range<double>(in, r0, r1, c0, c1, sums));
+}
+int64_t sign_balance(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b) {
+    FM_CHOOSE(sign_balance_range<float>(p, in, r, a, b), sign_balance_range<double>(p, in, r, a, b));
+}
+void keys(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t* out) {
+    FM_CHOOSE(keys_range<float>(in, k, a, b, out), keys_range<double>(in, k, a, b, out));
+}
+void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int shift, int width,
+               uint64_t prefix, uint64_t* bins) {
+    FM_CHOOSE(histogram_range<float>(in, k, a, b, shift, width, prefix, bins),
+              histogram_range<double>(in, k, a, b, shift, width, prefix, bins));
+}
+int64_t count_equal(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t key) {
+    FM_CHOOSE(count_equal_range<float>(in, k, a, b, key), count_equal_range<double>(in, k, a, b, key));
+}
+int64_t find_equal(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t key, int64_t q) {
+    FM_CHOOSE(find_equal_range<float>(in, k, a, b, key, q), find_equal_range<double>(in, k, a, b, key, q));
+}
+void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32_t* rank) {
+    FM_CHOOSE(rank_unit_range<float>(in, k, a, m, rank), rank_unit_range<double>(in, k, a, m, rank));
+}
+#undef FM_CHOOSE
+
+#define FM_TEXT_(x) #x
+#define FM_TEXT(x) FM_TEXT_(x)
+
+}  // namespace
+
+extern const KernelTable table;
+const KernelTable table = {FM_TEXT(FM_ISA), walk, keep_mask, moments,     gram,       gram_columns,
+                           sign_balance,    keys, histogram, count_equal, find_equal, rank_unit};
+
+}  // namespace FM_ISA
+}  // namespace fastmerge

@@ -1,0 +1,129 @@
+// Statistics over a tensor or model, fed chunk by chunk in ascending order of index. How a unit is cut into
+// chunks, and how many threads work, never shows in a result: sums follow the tree of docs/numerics.md.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "core/plan.hpp"
+#include "cpu/kernels.hpp"
+
+namespace fastmerge {
+
+/// Sums combined as a binary counter: the tree depends on how many leaves there are, not on who adds them.
+class CounterTree {
+  public:
+    explicit CounterTree(size_t width) : width_(width) {}
+    void push(const double* leaf);
+    std::vector<double> total() const;
+
+  private:
+    size_t width_;
+    std::vector<std::vector<double>> levels_;
+    std::vector<bool> full_;
+};
+
+/// Ranks or extremes of |delta| for a ranked drop over one chunk; empty for other plans.
+class RankData {
+  public:
+    RankData(const Keep& keep, const Operands& in, bool f64);
+    Ranks view;
+
+  private:
+    std::vector<uint32_t> rank_;
+    std::vector<double> low_, high_;
+};
+
+void run_walk(const WalkPlan& plan, const Operands& in, bool f64, void* out, DType out_type, bool* bad);
+void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out);
+/// p: [K, n], the exact keep probabilities of a ranked drop.
+void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double* p);
+
+struct OrderRequest {
+    int n_keys = 1;  // experts, or 1 for the variance
+    bool variance = false;
+    std::vector<std::vector<int64_t>> ranks;  // [n_keys][R]
+    double fraction = -1;                     // of the nonzero elements, instead of ranks, when >= 0
+    bool all_ties = false;
+    bool by_row = false;
+    int64_t n = 0, cols = 1;
+    bool f64 = false;
+};
+
+class OrderSweep {
+  public:
+    explicit OrderSweep(OrderRequest request);
+    void feed(const Operands& in, int64_t offset);
+    bool next_pass();
+    /// value and last_tie, [R][n_keys * units] each.
+    void result(std::vector<std::vector<double>>& value, std::vector<std::vector<int64_t>>& last_tie) const;
+    int64_t units() const { return units_; }
+
+  private:
+    struct Target {
+        int64_t rank = 0;  // still to find among keys with `prefix`
+        uint64_t prefix = 0;
+        bool open = true;  // false: settled without looking (nothing or everything above)
+        double value = 0;
+        int64_t last_tie = -1;
+    };
+    Target& target(int k, int r, int64_t unit) {
+        return targets_[(size_t(r) * request_.n_keys + k) * units_ + unit];
+    }
+    const std::vector<int64_t>& ranks(int k) const { return request_.ranks[k]; }
+    void settle(Target& t, int64_t rank, int64_t n) const;
+    void select(const uint64_t* keys, int64_t n, int64_t first, Target& t) const;
+    double from_key(uint64_t key) const;
+    void feed_histogram(const Operands& in);
+    void feed_ties(const Operands& in, int64_t offset);
+
+    OrderRequest request_;
+    int n_ranks_ = 1;
+    int64_t units_ = 1;
+    enum class Mode { Rows, Collect, Digits, Ties, Done } mode_;
+    std::vector<Target> targets_;
+    std::vector<std::vector<uint64_t>> collected_;  // [n_keys][n]
+    std::vector<int> widths_;
+    size_t digit_ = 0;
+    std::vector<std::vector<uint64_t>> bins_;     // [R * n_keys][2^width]
+    std::vector<std::vector<uint64_t>> scratch_;  // [tasks][2^width]
+    std::vector<int64_t> nonzero_;
+};
+
+class MomentSweep {
+  public:
+    MomentSweep(int n_experts, bool f64);
+    void feed(const Keep& keep, const Operands& in);
+    /// [K, N_SUMS] sums and [K, 2] maxima.
+    void result(std::vector<double>& sums, std::vector<double>& maxima);
+
+  private:
+    size_t width() const { return size_t(n_experts_) * N_SUMS; }
+    int n_experts_;
+    bool f64_;
+    int64_t position_ = 0;
+    std::vector<double> lanes_, maxima_;
+    CounterTree tree_;
+};
+
+class GramSweep {
+  public:
+    GramSweep(int n_experts, Axis axis, int64_t n, int64_t cols, bool f64);
+    void feed(const Operands& in);
+    /// [pairs, units]
+    std::vector<double> result();
+    int64_t units() const { return units_; }
+    size_t pairs() const { return size_t(n_experts_) * (n_experts_ + 1) / 2; }
+
+  private:
+    int n_experts_;
+    Axis axis_;
+    int64_t cols_, units_;
+    bool f64_;
+    int64_t position_ = 0;
+    std::vector<double> lanes_, rows_;
+    CounterTree tree_;
+};
+
+int64_t run_sign_balance(const WalkPlan& plan, const Operands& in, bool f64);
+
+}  // namespace fastmerge

@@ -1,0 +1,60 @@
+// Positioned reads and writes on threads of their own, so that moving bytes overlaps computing.
+#pragma once
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace fastmerge {
+
+struct Segment {
+    int fd;
+    int64_t offset;  // in the file, bytes
+    int64_t n_bytes;
+    uintptr_t address;
+};
+
+/// What went wrong: code 0 is a short read (the file ended early), else an errno.
+struct TransferError {
+    bool failed = false;
+    int code = 0;
+    Segment segment{};
+    int64_t done = 0;  // bytes of the segment moved before it failed
+};
+
+/// A pool of threads for one direction. Jobs are lists of segments; pieces of one job run in parallel.
+class Transfers {
+  public:
+    Transfers(bool writing, int n_threads);
+    ~Transfers();
+
+    /// Queue a job; returns its ticket. Segments' memory must stay valid until `wait` returns.
+    int64_t submit(const std::vector<Segment>& segments);
+    /// Block until the job is done; returns its first error, if any.
+    TransferError wait(int64_t ticket);
+    /// Drop what has not started and wait for what has.
+    void close();
+
+  private:
+    struct Job {
+        int64_t left = 0;
+        TransferError error;
+    };
+    void serve();
+    TransferError move(const Segment& s) const;
+
+    const bool writing_;
+    std::mutex mutex_;
+    std::condition_variable ready_, done_;
+    std::deque<std::pair<int64_t, Segment>> queue_;
+    std::map<int64_t, Job> jobs_;
+    int64_t next_ = 1;
+    bool stop_ = false;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace fastmerge

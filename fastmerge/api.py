@@ -1,0 +1,329 @@
+"""The whole user surface: merge model folders, plan a merge, merge tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge import ops
+from fastmerge.backends import Chunk
+from fastmerge.card import model_card
+from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
+from fastmerge.dtypes import DType
+from fastmerge.engine import Engine, Progress, Report, head_differs
+from fastmerge.errors import ConflictError, RecipeError
+from fastmerge.evaluate import (
+    CHUNK_ELEMENTS,
+    ModelTensor,
+    Operands,
+    resolve,
+    resolve_model,
+    run_walk,
+)
+from fastmerge.planner import HEAD, Plan, make_plan
+from fastmerge.recipe import Recipe, keyword_params, load_recipe
+from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
+from fastmerge.stages import Copy, GivenMask, Grain, Walk
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+
+def _recipe(recipe: RecipeLike, strict: bool) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, strict=strict)
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    out_shard_size: int | str = "5B",
+    max_memory: int | str | None = None,
+    allow_missing: bool = False,
+    strict: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """Decide everything about a merge from the recipe and the inputs' headers, without reading a weight.
+
+    Args:
+        recipe: path of a mergekit YAML file, its text, or the same as a mapping.
+        out_shard_size: most bytes of one output shard; suffixes k, M, B are decimal, MiB and GiB binary.
+        max_memory: most bytes the process may hold; default 40 % of what is free.
+        allow_missing: merge a tensor over the inputs that have it instead of calling it a conflict.
+        strict: warnings about the recipe or the inputs become conflicts.
+    Returns:
+        A `Plan`; `conflicts` lists what stops it, `as_dict()` is plain data.
+    Raises:
+        RecipeError, CheckpointError: the recipe or an input is wrong in itself.
+    """
+    return make_plan(
+        _recipe(recipe, strict),
+        out_shard_size=parse_size(str(out_shard_size)),
+        max_memory=None if max_memory is None else parse_size(str(max_memory)),
+        allow_missing=allow_missing,
+        strict=strict,
+        seed=seed,
+    )
+
+
+def merge(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    force: bool = False,
+    out_shard_size: int | str = "5B",
+    max_memory: int | str | None = None,
+    allow_missing: bool = False,
+    strict: bool = False,
+    seed: int = 0,
+    nan_policy: str = "error",
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
+    threads: int = 0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Report:
+    """Merge the models of a recipe into the folder `out`.
+
+    Weights go to temporary names, are flushed and renamed when all are done, the index last: `out` never
+    holds a half-written file under a final name.
+
+    Args:
+        recipe, out_shard_size, max_memory, allow_missing, strict: see `plan`.
+        backend: force one backend; default: the best that can run.
+        force: replace the model in a non-empty `out`.
+        seed: of the random drops; a draw depends on (seed, tensor, expert, element) alone.
+        nan_policy: error refuses NaN and infinity in inputs, propagate carries them through.
+        threads: of the kernels; 0 takes what the process may use.
+        chunk_elements: elements of one kernel call; results do not depend on it.
+        progress: called with (tensor name, bytes done, bytes in all).
+        on_plan: called with the plan before work starts.
+    Raises:
+        MergeError: anything the caller can mend, in one line.
+    """
+    if nan_policy not in ("error", "propagate"):
+        raise RecipeError(f"nan_policy must be error or propagate, got {nan_policy!r}")
+    decided = plan(
+        recipe,
+        out_shard_size=out_shard_size,
+        max_memory=max_memory,
+        allow_missing=allow_missing,
+        strict=strict,
+        seed=seed,
+    )
+    decided.raise_conflicts()
+    kernels = ops.choose("cpu", backend)
+    from fastmerge import _cpu
+
+    _cpu.set_threads(threads)
+    if on_plan:
+        on_plan(decided)
+    assert decided.layout is not None
+    inputs = [c.path for c in decided.checkpoints]
+    with OutputFolder(Path(out), decided.layout, force=force, inputs=inputs) as folder:
+        engine = Engine(
+            decided,
+            kernels,
+            folder,
+            nan_policy=nan_policy,
+            strict=strict,
+            chunk_elements=chunk_elements,
+            progress=progress,
+        )
+        report = engine.run()
+        texts, copies = _companions(decided, folder, Path(out), copy_tokenizer, write_model_card)
+        folder.commit(texts, copies)
+    report.warnings = decided.warnings + report.warnings
+    return report
+
+
+def _companions(
+    decided: Plan, folder: OutputFolder, out: Path, copy_tokenizer: bool, write_model_card: bool
+) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """Everything beside the weights: config, recipe, card; tokenizer and the like from the donor."""
+    donor = decided.checkpoints[decided.donor]
+    dtypes = [j.out_dtype for j in decided.jobs if j.out_dtype.is_merged]
+    main = max(set(dtypes), key=dtypes.count) if dtypes else DType.F32
+    texts: dict[str, bytes] = {}
+    if donor.config is not None:
+        tied = bool(donor.config.get("tie_word_embeddings"))
+        has_head = any(j.name == HEAD for j in decided.jobs)
+        # A tied config would make loaders ignore a merged head of its own.
+        untie = tied and has_head and head_differs(decided, folder)
+        texts["config.json"] = merged_config(donor.config, main, False if untie else None)
+    copies = companion_files(donor.path) if copy_tokenizer else {}
+    copies = {name: path for name, path in copies.items() if name not in texts}
+    if write_model_card:
+        texts["mergekit_config.yml"] = decided.recipe.text.encode()
+        names = [str(i.ref) for i in decided.recipe.inputs]
+        bases = [_hub_name(c.config, n) for c, n in zip(decided.checkpoints, names, strict=True)]
+        texts["README.md"] = model_card(
+            title=out.resolve().name,
+            recipe_text=decided.recipe.text,
+            method_title=decided.spec.title,
+            method_paper=decided.spec.paper,
+            base_models=[b for b in dict.fromkeys(bases) if b],
+            inputs=names,
+            dtype=main.torch,
+        ).encode()
+    return texts, copies
+
+
+def _hub_name(config: Mapping[str, Any] | None, name: str) -> str | None:
+    """Return the hub id (`owner/name`) that an input is known by, if its folder or config tells one."""
+    for text in ((config or {}).get("_name_or_path"), name):
+        if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+            owner, repo = text.split("/")
+            if owner and repo and not Path(text).exists():
+                return text
+    return None
+
+
+# ---- tensors in memory -----------------------------------------------------------------------------
+
+
+def _spec_operands(
+    spec: MethodSpec, base: Any | None, experts: Sequence[Any]
+) -> tuple[Any | None, list[Any]]:
+    """Return (delta base, recipe operands) for a method, checking its contract."""
+    operands = list(experts)
+    delta_base = base
+    if spec.base_is_operand:
+        delta_base = None
+        if base is not None:
+            operands = [base, *operands] if spec.base == "required" else [*operands, base]
+    elif spec.base == "ignored":
+        delta_base = None
+    if spec.base == "required" and base is None:
+        raise RecipeError(f"{spec.name} needs a base; pass it as the first argument")
+    low, high = spec.n_inputs
+    if len(operands) < low or (high is not None and len(operands) > high):
+        wanted = str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        raise RecipeError(f"{spec.name} takes {wanted} inputs, got {len(operands)}")
+    return delta_base, operands
+
+
+def merge_tensors(
+    base: ops.Tensor | None,
+    experts: Sequence[ops.Tensor],
+    *,
+    method: str,
+    backend: str | None = None,
+    seed: int = 0,
+    name: str = "tensor",
+    masks: Sequence[Any] | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    **params: Any,
+) -> ops.Tensor:
+    """Merge one tensor of several models.
+
+    Args:
+        base: [...] float16, bfloat16, float32 or float64 torch tensor or numpy array, or None where
+            the method allows it.
+        experts: n_experts tensors of base's shape.
+        method: a name from `methods()`; params: its parameters, per-expert ones as one value or a list.
+        seed, name: of the random drops; the same name and seed give the mask that a file merge draws.
+        masks: keep masks instead of random draws, one per expert, nonzero keeps.
+    Returns:
+        Same kind and shape; dtype of base, or of the first expert.
+    Raises:
+        RecipeError: unknown method or parameter, value out of bounds. ConflictError: shapes or dtypes.
+    """
+    merged = merge_state_dicts(
+        None if base is None else {name: base},
+        [{name: e} for e in experts],
+        method=method,
+        backend=backend,
+        seed=seed,
+        masks=None if masks is None else {name: masks},
+        chunk_elements=chunk_elements,
+        **params,
+    )
+    return merged[name]
+
+
+def merge_state_dicts(
+    base: Mapping[str, ops.Tensor] | None,
+    experts: Sequence[Mapping[str, ops.Tensor]],
+    *,
+    method: str,
+    backend: str | None = None,
+    seed: int = 0,
+    masks: Mapping[str, Sequence[Any]] | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    **params: Any,
+) -> dict[str, ops.Tensor]:
+    """Merge whole state dicts in memory; see `merge_tensors`. All must hold the same names."""
+    spec = get(method)
+    kernels = ops.choose("cpu", backend)
+    delta_base, operands = _spec_operands(spec, base, experts)
+    resolved = keyword_params(spec, len(operands), base is not None, params)
+    first = operands[0] if delta_base is None else delta_base
+    jobs: list[tuple[str, ModelTensor, Operands, Any]] = []
+    n_model = sum(_count(t) for t in first.values())
+    for key in sorted(first):
+        like = first[key]
+        buffers = _buffers(key, delta_base, operands)
+        shape = tuple(like.shape)
+        given = GivenMask(masks[key]) if masks and key in masks else None
+        context = TensorContext(
+            key, shape, len(operands), delta_base is not None, seed, n_model, given
+        )
+        cols = max(1, shape[-1]) if shape else 1
+        wide = any(b.dtype is DType.F64 for b in buffers)
+        compute = DType.F64 if wide else DType.F32
+        origin = buffers.pop(0) if delta_base is not None else None
+        tensor = ModelTensor(resolved, context, cols, compute)
+        jobs.append((key, tensor, Operands(origin, buffers, cols, compute), like))
+    walks = _walks(kernels, spec, resolved, jobs, chunk_elements)
+    out: dict[str, ops.Tensor] = {}
+    for (key, _, held, like), walk in zip(jobs, walks, strict=True):
+        dtype = (held.base or held.experts[0]).dtype
+        out[key] = ops.empty_like(like, dtype)
+        run_walk(kernels, walk, held, ops.buffer_of(out[key], key), chunk_elements)
+    return {key: out[key] for key in first}
+
+
+def _walks(
+    kernels: Any,
+    spec: MethodSpec,
+    params: Params,
+    jobs: Sequence[tuple[str, ModelTensor, Operands, Any]],
+    limit: int,
+) -> list[Walk | Copy]:
+    if spec.scope_for(params) is not Scope.MODEL:
+        return [resolve(kernels, spec, params, t.context, o, limit) for _, t, o, _ in jobs]
+
+    def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
+        for t in sorted(wanted):
+            for _, chunk in jobs[t][2].chunks(size, limit):
+                feed(t, chunk)
+
+    return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
+
+
+def _count(tensor: Any) -> int:
+    n = 1
+    for size in tensor.shape:
+        n *= int(size)
+    return n
+
+
+def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
+    everything = ([] if base is None else [base]) + list(operands)
+    labels = ([] if base is None else ["base"]) + [f"experts[{k}]" for k in range(len(operands))]
+    buffers = []
+    for label, state in zip(labels, everything, strict=True):
+        if key not in state:
+            raise ConflictError(f"{key!r} is missing in {label}")
+        if tuple(state[key].shape) != tuple(everything[0][key].shape):
+            raise ConflictError(
+                f"{key!r} is {list(everything[0][key].shape)} in {labels[0]} but "
+                f"{list(state[key].shape)} in {label}"
+            )
+        buffers.append(ops.buffer_of(state[key], f"{key!r} of {label}"))
+    return buffers
+
+
+__all__ = ["merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]

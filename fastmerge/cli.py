@@ -1,0 +1,247 @@
+"""The command line: click over fastmerge.api. Imports of the work's modules wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fastmerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from fastmerge.engine import Report
+    from fastmerge.planner import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_GROUP_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _OneLine(click.Group):
+    """Prints a MergeError as its one line and exits with status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MergeError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was written under a final name", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_OneLine, context_settings=_GROUP_SETTINGS)
+@click.version_option(package_name="fastmerge")
+def main() -> None:
+    """Merge model checkpoints: mergekit recipes in, a model folder out."""
+
+
+def _planning_options(function: F) -> F:
+    options = [
+        click.option("--out-shard-size", default="5B", show_default=True, metavar="SIZE",
+                     help="Most bytes of one output shard (5B, 500M, 2GiB)."),
+        click.option("--max-memory", metavar="SIZE", help="Most memory to use.  [default: 40% of free]"),
+        click.option("--allow-missing", is_flag=True, help="Merge a tensor over the inputs that have it."),
+        click.option("--strict", is_flag=True, help="Treat warnings (unknown keys, ...) as errors."),
+        click.option("--seed", "--random-seed", default=0, show_default=True, help="Seed of random drops."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+#: mergekit's flags that streaming makes pointless: accepted so that existing commands run unchanged.
+_NO_OPS = (
+    "--lazy-unpickle",
+    "--low-cpu-memory",
+    "--clone-tensors",
+    "--allow-crimes",
+    "--async-write",
+    "--trust-remote-code",
+)
+
+
+def _accept_no_ops(function: F) -> F:
+    for flag in _NO_OPS:
+        name = flag[2:].replace("-", "_")
+        function = click.option(flag, name, is_flag=True, hidden=True, expose_value=False)(function)
+    return function
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path())
+@_planning_options
+@click.option("--backend", metavar="NAME", help="Force a backend; see `fastmerge backends`.")
+@click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="Where to compute.")
+@click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
+@click.option("--nan-policy", type=click.Choice(["error", "propagate"]), default="error",
+              show_default=True, help="What to do with NaN or infinity in an input.")  # fmt: skip
+@click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Copy tokenizer files.")
+@click.option("--write-model-card/--no-write-model-card", default=True,
+              help="Write README.md and mergekit_config.yml.")  # fmt: skip
+@click.option("-j", "--threads", "--num-threads", default=0, help="Kernel threads.  [default: all]")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@_accept_no_ops
+def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> None:
+    """Merge the models that CONFIG (a mergekit YAML file) names into the folder OUT."""
+    from fastmerge import api
+
+    show = sys.stderr.isatty() and not quiet
+    bar: Any = None
+
+    def on_plan(plan: Plan) -> None:
+        nonlocal bar
+        if not quiet:
+            for warning in plan.warnings:
+                click.echo(f"warning: {warning}", err=True)
+            click.echo(_headline(plan), err=True)
+        if show:
+            from tqdm import tqdm
+
+            bar = tqdm(total=plan.bytes_read, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    def progress(name: str, done: int, total: int) -> None:
+        if bar is not None:
+            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.update(done - bar.n)
+
+    try:
+        report = api.merge(config, out, progress=progress, on_plan=on_plan, **options)
+    finally:
+        if bar is not None:
+            bar.close()
+    if not quiet:
+        for warning in report.warnings:
+            if warning.endswith("is taken"):
+                click.echo(f"warning: {warning}", err=True)
+        click.echo(_summary(report, out), err=True)
+
+
+@main.command("plan")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@_planning_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan_command(config: str, as_json: bool, **options: Any) -> None:
+    """Say what a merge would read and write, what it needs, and what stops it; exit 2 on a conflict."""
+    from fastmerge import api
+
+    plan = api.plan(config, **options)
+    if as_json:
+        click.echo(json.dumps(plan.as_dict(), indent=2))
+    else:
+        click.echo(_plan_text(plan))
+    if plan.conflicts:
+        sys.exit(2)
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="As the table of the README.")
+def methods(markdown: bool) -> None:
+    """List the merge methods and their parameters."""
+    from fastmerge.registry import methods as known
+
+    if markdown:
+        click.echo(method_table())
+        return
+    for spec in known().values():
+        base = {"required": "base", "optional": "base or none", "ignored": "no base"}[spec.base]
+        click.echo(f"{spec.name}  ({spec.title}; {base}; {spec.paper or 'no paper'})")
+        click.echo(f"    {spec.summary}")
+        for p in spec.params:
+            default = repr(p.default) if not isinstance(p.default, bool) else str(p.default).lower()
+            where = "" if p.scope == "shared" else "  per model"
+            choices = f" {'|'.join(p.choices)}" if p.choices else ""
+            click.echo(f"    {p.name:<18} {default:<12}{where}{choices}  {p.doc}".rstrip())
+        if spec.presets:
+            click.echo(f"    preset             {'|'.join(spec.presets)}")
+
+
+def method_table() -> str:
+    """Render the registry as the README's table."""
+    from fastmerge.registry import methods as known
+
+    lines = ["| method | what it does | base | per model | shared | paper |", "|---|---|---|---|---|---|"]
+    for spec in known().values():
+        per_model = ", ".join(f"`{p.name}`" for p in spec.params if p.scope != "shared")
+        shared = ", ".join(f"`{p.name}`" for p in spec.params if p.scope == "shared")
+        paper = spec.paper
+        if paper.startswith("arXiv:"):
+            paper = f"[{paper[6:]}](https://arxiv.org/abs/{paper[6:]})"
+        lines.append(
+            f"| `{spec.name}` | {spec.summary} | {spec.base} | {per_model} | {shared} | {paper} |"
+        )
+    return "\n".join(lines)
+
+
+@main.command()
+def backends() -> None:
+    """List the backends in order of preference, with the reason why one cannot run."""
+    from fastmerge import ops
+
+    for entry in ops.BACKENDS:
+        reason = entry.why_not()
+        state = "ready" if reason is None else f"cannot run: {reason}"
+        detail = ""
+        if entry.name == "cpu" and reason is None:
+            from fastmerge import _cpu
+
+            detail = f"; {_cpu.isa()} of {_cpu.available_isas()}, {_cpu.available_threads()} threads"
+        click.echo(f"{entry.name:<10} {','.join(entry.devices):<6} {state} ({entry.about}{detail})")
+
+
+# ---- words -----------------------------------------------------------------------------------------
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def _headline(plan: Plan) -> str:
+    models = len(plan.checkpoints)
+    return (
+        f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {_size(plan.bytes_read)}, "
+        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}"
+    )
+
+
+def _summary(report: Report, out: str) -> str:
+    moved = report.bytes_read + report.bytes_written
+    rate = moved / report.seconds if report.seconds else 0.0
+    return (
+        f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
+        f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
+    )
+
+
+def _plan_text(plan: Plan) -> str:
+    data = plan.as_dict()
+    n_shards = len(data["shards"])
+    rows = [
+        ("method", f"{plan.spec.name} ({plan.spec.title})"),
+        ("inputs", ", ".join(str(i.ref) for i in plan.recipe.inputs)),
+        ("base", str(plan.recipe.inputs[plan.recipe.base].ref) if plan.recipe.base is not None else "none"),
+        ("tensors", f"{data['merged']} merged, {data['copied']} copied"),
+        ("parameters", f"{data['parameters']:,}"),
+        ("read", _size(data["bytes_read"])),
+        ("write", f"{_size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
+        ("peak memory", f"about {_size(data['peak_memory'])}"),
+        ("disk", _size(data["disk"])),
+    ]
+    lines = [f"{name:<12} {value}" for name, value in rows]
+    lines += [f"warning: {w}" for w in data["warnings"]]
+    lines += [f"conflict: {c}" for c in data["conflicts"]]
+    if not data["conflicts"]:
+        lines.append("no conflicts")
+    return "\n".join(lines)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Run one method's recipe on one tensor's operands in memory, chunk by chunk.
+
+This is the whole meaning of a merge without any file: statistics that the recipe yields are swept over the operands,
+their results sent back, and the walk it returns is run. `chunk_elements` bounds the kernels' scratch memory
+and never shows in a result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastmerge.backends import Buffer, Chunk, Kernels
+from fastmerge.dtypes import DType
+from fastmerge.registry import MethodSpec, Params, TensorContext
+from fastmerge.stages import (
+    Copy,
+    Cut,
+    GivenMask,
+    Grain,
+    Keep,
+    MomentResult,
+    OrderStatistic,
+    SignBalance,
+    Statistic,
+    Walk,
+    grain,
+)
+
+#: Elements that one kernel call works on: large enough to share among threads, small enough that the
+#: ranks of a ranked drop (4 bytes per element and expert) stay a fraction of the operands.
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One tensor's operands in memory: base (delta methods only), experts, last dimension, compute type."""
+
+    base: Buffer | None
+    experts: Sequence[Buffer]
+    cols: int
+    compute: DType
+    start: int = 0
+
+    @property
+    def n(self) -> int:
+        return self.experts[0].n if self.experts else self.base.n if self.base else 0
+
+    def chunks(self, size: Grain, limit: int, with_base: bool = True) -> Iterator[tuple[int, Chunk]]:
+        """Cut into chunks of about `limit` elements that respect `size`; yields (first element, chunk)."""
+        step = max(1, limit)
+        if size is Grain.ROW:
+            step = max(self.cols, step // self.cols * self.cols)
+        elif size is Grain.TENSOR:
+            step = max(1, self.n)
+        for a in range(0, self.n, step):
+            b = min(self.n, a + step)
+            yield a, Chunk(
+                self.base.slice(a, b) if self.base and with_base else None,
+                [e.slice(a, b) for e in self.experts],
+                self.start + a,
+                b - a,
+                self.cols,
+                self.compute,
+            )
+
+
+def _slice_given(request: Any, a: int, b: int) -> Any:
+    """Return `request` with masks from outside cut to elements [a, b)."""
+    import dataclasses
+
+    keep: Keep | None = getattr(request, "keep", None)
+    if keep is None or keep.given is None:
+        return request
+    masks = [np.asarray(m).reshape(-1)[a:b] for m in keep.given.masks]
+    return dataclasses.replace(request, keep=dataclasses.replace(keep, given=GivenMask(masks)))
+
+
+def _needs_base(request: Statistic) -> bool:
+    return getattr(request, "delta", True)
+
+
+def sweep_statistic(
+    kernels: Kernels, request: Statistic, operands: Operands, limit: int = CHUNK_ELEMENTS
+) -> Any:
+    """Return the result of one statistic over one tensor in memory."""
+    keep: Keep | None = getattr(request, "keep", None)
+    size = Grain.TENSOR if keep is not None and keep.given is not None else grain(request)
+    sweep = kernels.sweep(
+        request, operands.n, operands.cols, len(operands.experts), operands.compute
+    )
+    while True:
+        for _, chunk in operands.chunks(size, limit, with_base=_needs_base(request)):
+            sweep.feed(chunk)
+        if not sweep.next_pass():
+            return sweep.result()
+
+
+def resolve(
+    kernels: Kernels,
+    spec: MethodSpec,
+    params: Params,
+    context: TensorContext,
+    operands: Operands,
+    limit: int = CHUNK_ELEMENTS,
+) -> Walk | Copy:
+    """Run a recipe to its walk: every statistic it yields is swept over `operands`."""
+    recipe = spec.recipe(params, context)
+    answer: Any = None
+    while True:
+        try:
+            request = recipe.send(answer)
+        except StopIteration as stop:
+            result: Walk | Copy = stop.value
+            return result
+        answer = sweep_statistic(kernels, request, operands, limit)
+
+
+def run_walk(
+    kernels: Kernels,
+    walk: Walk | Copy,
+    operands: Operands,
+    out: Buffer,
+    limit: int = CHUNK_ELEMENTS,
+) -> bool:
+    """Run a walk over operands in memory into `out`; true if an operand held NaN or infinity."""
+    if isinstance(walk, Copy):
+        source = ([operands.base] if operands.base else []) + list(operands.experts)
+        return copy_into(kernels, source[walk.index], operands, out, limit)
+    bad = False
+    for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
+        cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
+        bad |= kernels.walk(cut, chunk, out.slice(a, a + chunk.n))
+    return bad
+
+
+def copy_into(
+    kernels: Kernels, source: Buffer, operands: Operands, out: Buffer, limit: int = CHUNK_ELEMENTS
+) -> bool:
+    """Copy `source`, converting its type when `out` has another one."""
+    if source.dtype is out.dtype:
+        ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
+        return False
+    single = Operands(None, [source], operands.cols, operands.compute, operands.start)
+    same = Walk(coefficient=np.ones((1, 1)), add_base=False)
+    return run_walk(kernels, same, single, out, limit)
+
+
+def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """View a buffer's memory as uint8 without copying."""
+    n_bytes = buffer.n * buffer.dtype.itemsize
+    memory = (ctypes.c_uint8 * n_bytes).from_address(buffer.address)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def first_nonfinite(buffer: Buffer) -> int | None:
+    """Return the index of the first NaN or infinity, by the exponent bits."""
+    pattern: dict[DType, tuple[Any, int]] = {
+        DType.F64: (np.uint64, 0x7FF0000000000000),
+        DType.F32: (np.uint32, 0x7F800000),
+        DType.F16: (np.uint16, 0x7C00),
+        DType.BF16: (np.uint16, 0x7F80),
+    }
+    kind, exponent = pattern[buffer.dtype]
+    for a in range(0, buffer.n, CHUNK_ELEMENTS):
+        b = min(buffer.n, a + CHUNK_ELEMENTS)
+        bits = bytes_of(buffer.slice(a, b)).view(kind)
+        bad = np.flatnonzero((bits & kind(exponent)) == kind(exponent))
+        if bad.size:
+            return a + int(bad[0])
+    return None
+
+
+
+# ---- methods whose statistics are over the whole model ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """One tensor of a model-scope merge: its recipe's inputs and its size."""
+
+    params: Params
+    context: TensorContext
+    cols: int
+    compute: DType
+
+
+#: Calls its argument with (tensor index, chunk) for every chunk of every tensor whose index is in the set,
+#: tensors in order, chunks ascending and cut by the given grain.
+Visit = Callable[[Callable[[int, Chunk], None], set[int], Grain], None]
+
+
+def resolve_model(
+    kernels: Kernels, spec: MethodSpec, tensors: Sequence[ModelTensor], visit: Visit
+) -> list[Walk | Copy]:
+    """Run all recipes of a model in step, one statistic at a time, each over as few visits as it needs.
+
+    `tensors` are in sorted order of name: that is the model's flattened order.
+    """
+    recipes = [spec.recipe(t.params, t.context) for t in tensors]
+    walks: list[Walk | Copy | None] = [None] * len(tensors)
+    answers: list[Any] = [None] * len(tensors)
+    while True:
+        requests: dict[int, Statistic] = {}
+        for t, recipe in enumerate(recipes):
+            if walks[t] is None:
+                try:
+                    requests[t] = recipe.send(answers[t])
+                except StopIteration as stop:
+                    walks[t] = stop.value
+        if not requests:
+            return [w for w in walks if w is not None]
+        for t, answer in _answer_all(kernels, tensors, requests, visit).items():
+            answers[t] = answer
+
+
+def _answer_all(
+    kernels: Kernels, tensors: Sequence[ModelTensor], requests: dict[int, Statistic], visit: Visit
+) -> dict[int, Any]:
+    first = next(iter(requests.values()))
+    if isinstance(first, OrderStatistic) and first.scope == "model":
+        return _joint_order(kernels, tensors, requests, first, visit)
+    sweeps = {
+        t: kernels.sweep(
+            r, tensors[t].context.n, tensors[t].cols, tensors[t].context.n_experts, tensors[t].compute
+        )
+        for t, r in requests.items()
+    }
+    size = max(grain(r) for r in requests.values())
+    left = set(requests)
+    while left:
+        visit(lambda t, chunk: sweeps[t].feed(chunk), left, size)
+        left = {t for t in left if sweeps[t].next_pass()}
+    results = {t: s.result() for t, s in sweeps.items()}
+    if getattr(first, "scope", "tensor") != "model":
+        return results
+    if isinstance(first, SignBalance):
+        total = sum(results.values())
+        return dict.fromkeys(results, total)
+    return dict.fromkeys(results, _add_moments(list(results.values())))
+
+
+def _joint_order(
+    kernels: Kernels,
+    tensors: Sequence[ModelTensor],
+    requests: dict[int, Statistic],
+    request: OrderStatistic,
+    visit: Visit,
+) -> dict[int, Any]:
+    offsets, n = {}, 0
+    for t in requests:
+        offsets[t] = n
+        n += tensors[t].context.n
+    some = tensors[next(iter(requests))]
+    sweep = kernels.sweep(request, n, 1, some.context.n_experts, some.compute)
+    while True:
+        visit(lambda t, chunk: sweep.feed(chunk, offsets[t]), set(requests), Grain.ELEMENT)
+        if not sweep.next_pass():
+            break
+    cuts: list[Cut] = sweep.result()
+    return {t: [_shift(cut, offset) for cut in cuts] for t, offset in offsets.items()}
+
+
+def _shift(cut: Cut, offset: int) -> Cut:
+    """Translate last_tie from the model's flattened order to one tensor's; the ends stay ends."""
+    end = np.iinfo(np.int64).max
+    tie = np.where(cut.last_tie == end, end, np.maximum(cut.last_tie - offset, -1))
+    return Cut(cut.value, tie, cut.axis)
+
+
+def _add_moments(parts: Sequence[MomentResult]) -> MomentResult:
+    def total(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        columns = zip(*(getattr(p, name) for p in parts), strict=True)
+        return np.array([math.fsum(c) for c in columns])
+
+    def peak(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.max([getattr(p, name) for p in parts], axis=0)
+
+    return MomentResult(
+        total("abs"),
+        total("abs_kept"),
+        total("square"),
+        total("square_kept"),
+        peak("max"),
+        peak("max_kept"),
+    )

@@ -1,0 +1,21 @@
+"""Recipes: mergekit's YAML, and keywords, to checked parameters of every tensor."""
+
+from fastmerge.recipe.inputs import ModelInput
+from fastmerge.recipe.keywords import keyword_params
+from fastmerge.recipe.layers import LayerPositions
+from fastmerge.recipe.parameters import Setting, parse_setting
+from fastmerge.recipe.recipe import Recipe, load_recipe
+from fastmerge.recipe.references import ModelRef, parse_reference, resolve_path
+
+__all__ = [
+    "LayerPositions",
+    "ModelInput",
+    "ModelRef",
+    "Recipe",
+    "Setting",
+    "keyword_params",
+    "load_recipe",
+    "parse_reference",
+    "parse_setting",
+    "resolve_path",
+]

@@ -1,0 +1,171 @@
+"""The compiled backend against the reference: equal bits for every stage, type, chunking and instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+
+import cases
+import numpy as np
+import pytest
+import torch
+
+from fastmerge import _cpu, ops
+from fastmerge.stages import Axis, Gram, OrderStatistic
+
+ISAS = _cpu.available_isas().split()
+SEEDS = range(60)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _cpu.isa()
+    assert _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa(before)
+
+
+def rng_of(*parts: object) -> np.random.Generator:
+    """Seed from the case's own name, so that a case does not change when others are added."""
+    return np.random.default_rng(zlib.crc32(repr(parts).encode()))
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def draw(seed: int, shape: tuple[int, ...]) -> tuple[np.random.Generator, cases.Operands, int]:
+    rng = rng_of(seed, shape)
+    k = int(rng.choice([1, 2, 3, 5, 8]))
+    content = cases.CONTENTS[rng.integers(len(cases.CONTENTS))]
+    held = cases.operands(rng, shape, k, content, with_base=bool(rng.random() < 0.8))
+    if rng.random() < 0.1:
+        held.experts[0] = held.experts[0].double()
+    return rng, held, k
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_walk_is_bit_equal(shape: tuple[int, ...], isa: str) -> None:
+    n_seeds = 12 if shape and np.prod(shape) > 10_000 else len(SEEDS)
+    for seed in SEEDS[:n_seeds]:
+        rng, held, k = draw(seed, shape)
+        walk = cases.random_walk(rng, shape, k, held.base is not None)
+        out_dtype = cases.FLOATS[rng.integers(4)]
+        outs = [
+            ops.fused_walk(
+                held.base, held.experts, walk, out=torch.empty(shape, dtype=out_dtype), backend=name
+            )
+            for name in ("cpu", "reference")
+        ]
+        different = np.flatnonzero(bits(outs[0]) != bits(outs[1]))
+        assert not different.size, (
+            f"seed {seed}, first wrong byte {different[0]} of {different.size}: "
+            f"cpu {outs[0].reshape(-1)[different[0] // outs[0].itemsize]}, "
+            f"reference {outs[1].reshape(-1)[different[0] // outs[1].itemsize]}; {walk}"
+        )
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
+    n = int(np.prod(shape)) if shape else 1
+    cols = shape[-1] if shape else 1
+    for seed in SEEDS[:15]:
+        rng, held, k = draw(seed, shape)
+        scope = "row" if rng.random() < 0.4 else "tensor"
+        unit = cols if scope == "row" else n
+        ranks = [[int(rng.integers(-1, unit + 2)), int(rng.integers(0, unit + 1))] for _ in range(k)]
+        requests = [
+            OrderStatistic(ranks, scope=scope, all_ties=bool(rng.random() < 0.3)),  # type: ignore[arg-type]
+            OrderStatistic(of="variance", fraction_of_nonzero=float(rng.random())),
+        ]
+        for request in requests:
+            a, b = (ops.order_statistic(held.base, held.experts, request, backend=name)
+                    for name in ("cpu", "reference"))  # fmt: skip
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x.value, y.value)
+                np.testing.assert_array_equal(x.last_tie, y.last_tie)
+        keep = cases.random_keep(rng, shape, k)
+        a, b = (ops.moments(held.base, held.experts, keep, backend=name)
+                for name in ("cpu", "reference"))  # fmt: skip
+        for name in ("abs", "abs_kept", "square", "square_kept", "max", "max_kept"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+        for axis in Axis:
+            a, b = (ops.gram(held.base, held.experts, Gram(axis=axis), backend=name)
+                    for name in ("cpu", "reference"))  # fmt: skip
+            np.testing.assert_array_equal(a, b, err_msg=f"{axis}, seed {seed}")
+        masks = [ops.keep_mask(held.base, held.experts, keep, backend=name)
+                 for name in ("cpu", "reference")]  # fmt: skip
+        np.testing.assert_array_equal(masks[0], masks[1])
+
+
+def test_large_rank_cut_uses_digits_and_is_exact() -> None:
+    """Above 2^17 elements cuts are found by counting digits; equal magnitudes abound on a grid."""
+    rng = rng_of("digits")
+    for content, dtype in (("grid", torch.bfloat16), ("normal", torch.float32), ("wide", torch.float64)):
+        base = cases.tensor(rng, (200_003,), content, dtype)
+        experts = [cases.tensor(rng, (200_003,), content, dtype) for _ in range(2)]
+        request = OrderStatistic([[1, 150_000], [100_001, 200_003]])
+        a, b = (ops.order_statistic(base, experts, request, backend=name)
+                for name in ("cpu", "reference"))  # fmt: skip
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x.value, y.value)
+            np.testing.assert_array_equal(x.last_tie, y.last_tie)
+
+
+def test_thread_counts_do_not_show() -> None:
+    results = []
+    for threads in (1, 2, 5):
+        _cpu.set_threads(threads)
+        rng, held, k = draw(3, (33, 4099))
+        walk = cases.random_walk(rng, (33, 4099), k, held.base is not None)
+        out = ops.fused_walk(held.base, held.experts, walk, backend="cpu")
+        gram = ops.gram(held.base, held.experts, backend="cpu")
+        results.append((bits(out).tobytes(), gram.tobytes()))
+    _cpu.set_threads(0)
+    assert len(set(results)) == 1
+
+
+def test_nonfinite_values_are_reported_and_carried() -> None:
+    base = torch.zeros(100)
+    expert = torch.ones(100)
+    expert[70] = float("nan")
+    for name in ("cpu", "reference"):
+        kernels = ops.choose("cpu", name)
+        chunk = ops._chunk(base, [expert])
+        out = torch.empty(100)
+        from fastmerge.stages import Walk
+
+        assert kernels.walk(Walk(np.ones((1, 1))), chunk, ops.buffer_of(out, "out"))
+        assert torch.isnan(out[70])
+        assert torch.isfinite(out).sum() == 99
+
+
+def test_known_answers_of_philox() -> None:
+    """Random123's kat_vectors, philox4x32-10."""
+    ones = 0xFFFFFFFF
+    assert _cpu.philox(0, 0, 0, 0, 0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert _cpu.philox(ones, ones, ones, ones, ones, ones) == (
+        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
+    )  # fmt: skip
+    assert _cpu.philox(
+        0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0
+    ) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+def test_forced_instruction_set_is_obeyed_or_refused() -> None:
+    def run(level: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fastmerge.cli", "backends"],
+            env={**os.environ, "FASTMERGE_CPU_ISA": level},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert "baseline of" in run("baseline").stdout
+    refused = run("sse9")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: FASTMERGE_CPU_ISA='sse9' is not available here")
