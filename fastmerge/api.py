@@ -186,7 +186,7 @@ def _hub_name(config: Mapping[str, Any] | None, name: str) -> str | None:
 def _spec_operands(
     spec: MethodSpec, base: Any | None, experts: Sequence[Any]
 ) -> tuple[Any | None, list[Any]]:
-    """Return (delta base, recipe operands) for a method, checking its contract."""
+    """Return (delta base, recipe operands) for a method."""
     operands = list(experts)
     delta_base = base
     if spec.base_is_operand:
@@ -195,12 +195,6 @@ def _spec_operands(
             operands = [base, *operands] if spec.base == "required" else [*operands, base]
     elif spec.base == "ignored":
         delta_base = None
-    if spec.base == "required" and base is None:
-        raise RecipeError(f"{spec.name} needs a base; pass it as the first argument")
-    low, high = spec.n_inputs
-    if len(operands) < low or (high is not None and len(operands) > high):
-        wanted = str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
-        raise RecipeError(f"{spec.name} takes {wanted} inputs, got {len(operands)}")
     return delta_base, operands
 
 

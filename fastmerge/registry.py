@@ -148,10 +148,10 @@ def _convert(kind: type, value: Any) -> Any:
         value = int(value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if kind is int:
-        return int(number) if number == int(number) else None
+        return int(number) if number.is_integer() else None
     return number
 
 

@@ -219,9 +219,7 @@ PYBIND11_MODULE(_cpu, m) {
             s.result(value, last_tie);
             py::list out;
             for (size_t r = 0; r < value.size(); ++r) {
-                const std::vector<py::ssize_t> shape = {
-                    s.units() ? py::ssize_t(value[r].size()) / py::ssize_t(s.units()) : 0,
-                    py::ssize_t(s.units())};
+                const std::vector<py::ssize_t> shape = {py::ssize_t(s.n_keys()), py::ssize_t(s.units())};
                 out.append(py::make_tuple(to_array(value[r], shape), to_array(last_tie[r], shape)));
             }
             return out;

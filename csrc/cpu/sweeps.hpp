@@ -57,6 +57,7 @@ class OrderSweep {
     /// value and last_tie, [R][n_keys * units] each.
     void result(std::vector<std::vector<double>>& value, std::vector<std::vector<int64_t>>& last_tie) const;
     int64_t units() const { return units_; }
+    int n_keys() const { return request_.n_keys; }
 
   private:
     struct Target {

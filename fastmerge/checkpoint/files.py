@@ -1,4 +1,4 @@
-"""Reading of small parts of input files: regular files only, short reads looped, JSON without surprises."""
+"""Reading of headers and JSON from input files: regular files only, short reads looped."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from typing import Any
 from fastmerge.checkpoint.wording import place, reason, shown
 from fastmerge.errors import CheckpointError
 
-#: Bytes of the largest header, index or configuration that is read. The format's own limit on headers.
+#: Bytes of the largest header, index or configuration that is read. The format's own limit on
+#: headers.
 JSON_LIMIT = 100_000_000
 
-#: Levels of the deepest configuration. Real ones have 5; far below what exhausts the stack on writing.
+#: Levels of the deepest configuration. Real ones have 5; far below what exhausts the stack on
+#: writing.
 DEPTH_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells whether a path still means the same bytes. size in bytes, mtime_ns in nanoseconds."""
+    """What tells whether a path still means the same bytes. size: bytes; mtime_ns: nanoseconds."""
 
     path: Path
     size: int
@@ -36,7 +38,7 @@ class FileIdentity:
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file was removed, replaced, truncated or written to since."""
+        """Raise CheckpointError if the file was removed, replaced or written to since."""
         now = identity(self.path)
         if now == self:
             return
@@ -61,9 +63,9 @@ def identity(path: Path) -> FileIdentity:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
-    """Open a regular file; yield its descriptor and status. Raises CheckpointError for anything else."""
+    """Open a regular file and yield descriptor and status; anything else is a CheckpointError."""
     try:
-        # Looked at first because opening a device may act on it; a pipe must not block us either way.
+        # Looked at first: opening a device may act on it. A pipe must not block us either way.
         _check_regular(path, os.stat(path))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -100,8 +102,8 @@ def read_at(fd: int, path: Path, offset: int, n_bytes: int) -> bytes:
 def read_json_object(path: Path, *, strict: bool) -> dict[str, Any]:
     """Return the object that a JSON file of at most 100 MB holds.
 
-    strict refuses repeated keys and NaN. Configurations are read without it: some hold Infinity, and
-    whatever else transformers accepts.
+    strict refuses repeated keys and NaN. Configurations are read without it: some hold Infinity,
+    and whatever else transformers accepts.
     """
     with opened(path) as (fd, status):
         if status.st_size > JSON_LIMIT:
@@ -122,7 +124,7 @@ class _RefusedError(ValueError):
 
 
 def parse_json(data: bytes, where: str, *, strict: bool) -> Any:
-    """Return the value of UTF-8 JSON text; every error is a CheckpointError that begins with `where`."""
+    """Return the value of UTF-8 JSON text. Every CheckpointError begins with `where`."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -131,7 +133,7 @@ def parse_json(data: bytes, where: str, *, strict: bool) -> Any:
         if not strict:
             return json.loads(text)
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # half of a surrogate pair has no UTF-8, so could not be written again
+        if "\\ud" in text.lower():  # half of a surrogate pair has no UTF-8 to write it again
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except _RefusedError as error:

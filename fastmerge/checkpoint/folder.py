@@ -43,7 +43,8 @@ _OTHER_KINDS = (
 class Checkpoint:
     """One model folder with every header checked. tensors are ordered by file, then by offset.
 
-    config is the content of config.json, None where there is none. identities belong to weight_files.
+    config is the content of config.json, None where there is none. identities belong to
+    weight_files.
     """
 
     path: Path
@@ -53,7 +54,7 @@ class Checkpoint:
     identities: list[FileIdentity] = field(default_factory=list)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a weight file was replaced, truncated or written to since opening."""
+        """Raise CheckpointError if a weight file was replaced or written to since opening."""
         for known in self.identities:
             known.check_unchanged()
 
@@ -61,11 +62,12 @@ class Checkpoint:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Find a folder's weights and read their headers; no weight is read.
 
-    model.safetensors wins over an index, as in transformers; without either, all *.safetensors files.
+    model.safetensors wins over an index, as in transformers; without either, all *.safetensors
+    files.
 
     Raises:
-        CheckpointError: no such folder, no weights that are supported, or a file that is broken or does not
-            fit the others; names the file and what is wrong.
+        CheckpointError: no such folder, no weights that are supported, or a file that is broken or
+            does not fit the others; names the file and what is wrong.
     """
     path = Path(path)
     names = _list(path)
@@ -107,7 +109,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _list(path: Path) -> set[str]:
-    """Return the names in a folder, hidden files left out (macOS leaves `._model.safetensors` about)."""
+    """Return the names in a folder but hidden ones, such as macOS' `._model.safetensors`."""
     try:
         if path.is_file():
             raise CheckpointError(f"{place(path)} is a file; give the folder that holds it")

@@ -1,7 +1,8 @@
 """The header of a safetensors file: where each tensor is, and whether the file is what it says.
 
-A file is 8 bytes with the header's length (little-endian), that many bytes of JSON, then the data. Tensors cover the
-data exactly: no overlap, no hole, nothing after the last. All of that is checked before any data is read.
+A file is 8 bytes with the header's length (little-endian), that many bytes of JSON, then the data.
+Tensors cover the data exactly: no overlap, no hole, nothing after the last. All of that is checked
+before any data is read.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _LFS_POINTER = b"version "  # what a git-lfs pointer begins with, read as a leng
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor. offset is absolute in `file`; offset and n_bytes are bytes. Row-major, no padding."""
+    """One stored tensor, row-major. offset and n_bytes are bytes; offset is absolute in `file`."""
 
     name: str
     dtype: DType
@@ -63,7 +64,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one safetensors file.
 
     Raises:
-        CheckpointError: unreadable, or not what the format allows; names the file, the tensor and what is wrong.
+        CheckpointError: unreadable, or not what the format allows; names the file, the tensor and
+        what is wrong.
     """
     where = place(path)
     with opened(path) as (fd, status):
@@ -100,7 +102,9 @@ def read_header(path: Path) -> Header:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raise CheckpointError unless `name` can name a tensor: not empty, one line, not the metadata's key."""
+    """Raise CheckpointError unless `name` can name a tensor: not empty, one line, not the
+    metadata's key.
+    """
     if not name:
         raise CheckpointError(f"{where}: a tensor has an empty name")
     if not is_clean(name):
@@ -181,7 +185,9 @@ def _offsets(value: Any, where: str, n_data: int) -> tuple[int, int]:
     if start < 0 or end < 0:
         raise CheckpointError(f"{where} has negative data_offsets, {shown(value)}")
     if end < start:
-        raise CheckpointError(f"{where} has data_offsets that end before they start, {shown(value)}")
+        raise CheckpointError(
+            f"{where} has data_offsets that end before they start, {shown(value)}"
+        )
     if end > n_data:
         raise CheckpointError(
             f"{where} has data_offsets {shown(value)} past the end of the data ({n_data} bytes); "

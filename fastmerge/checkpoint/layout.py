@@ -1,4 +1,6 @@
-"""The output's files before the first byte is merged: shards, headers and every tensor's final offset."""
+"""The output's files before the first byte is merged: shards, headers and every tensor's final
+offset.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fastmerge.checkpoint.wording import shown
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError, RecipeError
 
-#: Bytes. Data begins on a page, so that direct and mapped writes of large tensors need no head of their own.
+#: Bytes. Data begins on a page, so that direct and mapped writes of large tensors need no head of
+#: their own.
 ALIGNMENT = 4096
 
 _SIZE = re.compile(
@@ -49,7 +52,9 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One file: its header, its size in bytes, and its tensors with absolute offsets (`file` is file_name)."""
+    """One file: its header, its size in bytes, and its tensors with absolute offsets (`file` is
+    file_name).
+    """
 
     file_name: str
     header: bytes
@@ -59,7 +64,9 @@ class ShardLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All files. index is the index file's content, None for one shard. total_size: bytes of the tensors."""
+    """All files. index is the index file's content, None for one shard. total_size: bytes of the
+    tensors.
+    """
 
     shards: list[ShardLayout]
     index: bytes | None
@@ -114,7 +121,8 @@ def plan_layout(
 def parse_size(text: str) -> int:
     """Return the bytes that `text` means: 5000000000, 5B (as in mergekit), 5GB, 500MB, 1.5G, 4GiB.
 
-    k, M, B, G and T are powers of ten, with or without B; KiB, MiB, GiB and TiB powers of two. Any case.
+    k, M, B, G and T are powers of ten, with or without B; KiB, MiB, GiB and TiB powers of two. Any
+    case.
 
     Raises:
         RecipeError: anything else, nothing, or more than 2^63 - 1.
@@ -168,16 +176,15 @@ def _shard(file_name: str, group: list[OutputTensor], metadata: dict[str, str]) 
         t.name: TensorInfo(t.name, t.dtype, t.shape, file, data_start + start, t.n_bytes)
         for t, start in zip(group, starts, strict=True)
     }
-    return ShardLayout(
-        file_name, len(text).to_bytes(8, "little") + text, data_start + end, tensors
-    )
+    return ShardLayout(file_name, len(text).to_bytes(8, "little") + text, data_start + end, tensors)
 
 
 def _aligned(group: list[OutputTensor]) -> list[OutputTensor]:
-    """Return the group as it is if every tensor starts on a multiple of its element, else widest first.
+    """Return the group as it is if every tensor starts on a multiple of its element, else widest
+    first.
 
-    Holes are not allowed, and readers that view mapped memory refuse or copy misaligned tensors. Only files of
-    mixed types can have any, after an odd number of narrow elements.
+    Holes are not allowed, and readers that view mapped memory refuse or copy misaligned tensors.
+    Only files of mixed types can have any, after an odd number of narrow elements.
     """
     end = 0
     for tensor in group:

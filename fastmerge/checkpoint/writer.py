@@ -1,0 +1,276 @@
+"""The crash-safe writer of a model folder.
+
+Everything is written under temporary names and synced; only then do files get their final names,
+the one that makes the folder a model last. Until then an earlier model in the folder is untouched,
+and afterwards its weights are gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+from fastmerge.checkpoint.destination import (
+    PARTIAL,
+    REPLACED,
+    check_destination,
+    check_space,
+    leftovers,
+    nearest_folder,
+    weight_names,
+)
+from fastmerge.checkpoint.durable import (
+    create,
+    disk_errors,
+    is_full,
+    no_space,
+    reserve,
+    sync_folder,
+    write_all,
+    write_synced,
+)
+from fastmerge.checkpoint.folder import INDEX
+from fastmerge.checkpoint.layout import Layout
+from fastmerge.checkpoint.wording import is_plain_name, place, shown
+from fastmerge.errors import CheckpointError
+
+
+class OutputFolder:
+    """One model folder being written: `with OutputFolder(...) as out: ... out.commit(...)`.
+
+    Entering creates the folder and the shards, at full size, with their headers. Leaving without a
+    commit, or with an exception, removes what was created and puts back what was replaced.
+
+    Args:
+        path:   the folder; created with its parents where they are missing.
+        layout: what the shards hold.
+        force:  replace a model that is there already; other files stay unless replaced by name.
+        inputs: folders of the models that are read: none may be harmed.
+    """
+
+    def __init__(
+        self, path: Path | str, layout: Layout, *, force: bool = False, inputs: Sequence[Path] = ()
+    ) -> None:
+        self.path = Path(path)
+        self.layout = layout
+        self.force = force
+        self.inputs = tuple(Path(i) for i in inputs)
+        self._lock = -1
+        self._fds: list[int] = []
+        self._created_folders: list[Path] = []  # parents first
+        self._partials: list[Path] = []
+        self._renamed: list[Path] = []
+        self._set_aside: list[Path] = []
+        self._done = False
+
+    def check(self) -> None:
+        """Raise what entering would raise, without touching anything."""
+        check_destination(self.path, self.inputs, force=self.force)
+        check_space(self.path, self.layout.disk_bytes)
+
+    def __enter__(self) -> OutputFolder:
+        check_destination(self.path, self.inputs, force=self.force)
+        try:
+            self._create_folders(self.path)
+            self._take_lock()
+            # Once more under the lock: another merge may have finished since.
+            check_destination(self.path, self.inputs, force=self.force)
+            for path in leftovers(self.path):
+                with disk_errors(path, self.layout.disk_bytes):
+                    path.unlink()
+            check_space(self.path, self.layout.disk_bytes)
+            for index in range(len(self.layout.shards)):
+                self._create_shard(index)
+        except BaseException:
+            self._roll_back()
+            raise
+        return self
+
+    def fd(self, shard: int) -> int:
+        """Return a shard's descriptor, for positional writes at the layout's offsets."""
+        return self._fds[shard]
+
+    def partial_path(self, shard: int) -> Path:
+        """Return the temporary path of a shard, for those who need a descriptor of another kind."""
+        return self._partial(self.layout.shards[shard].file_name)
+
+    def commit(
+        self,
+        small_files: Mapping[str, bytes] | None = None,
+        copies: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Make the folder a model. After this returns a power cut loses nothing.
+
+        small_files: file name -> content. copies: file name -> file to copy; a small file of that
+        name wins. Names may have one folder in front (`1_Pooling/config.json`).
+
+        Raises:
+            CheckpointError: a file cannot be written, or a sync failed. Nothing is tried twice:
+                after a failed sync the kernel may have dropped what it could not write.
+        """
+        if self._done or not self._fds:
+            raise RuntimeError("commit works once, inside the with block")
+        files: dict[str, bytes | Path] = {**(copies or {}), **(small_files or {})}
+        shards = [s.file_name for s in self.layout.shards]
+        for name in files:
+            self._check_file_name(name, {*shards, INDEX})
+        self._finish_shards()
+        for name, content in files.items():
+            self._write_partial(name, content)
+        if self.layout.index is not None:
+            self._write_partial(INDEX, self.layout.index)
+        with disk_errors(self.path / shards[0], self.layout.disk_bytes):
+            self._swap(list(files), shards)
+        self._done = True
+        for old in self._set_aside:
+            with suppress(
+                OSError
+            ):  # the new model is whole; what is left of the old one has another name
+                os.unlink(_aside(old))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        full = None
+        if isinstance(error, OSError) and is_full(error):
+            # Measured before the clean-up frees it.
+            full = no_space(self.path, self.layout.disk_bytes, error.errno or 0)
+        if self._done:
+            self._close()
+        else:
+            self._roll_back()
+        if full is not None:
+            raise full from error
+
+    def _partial(self, name: str) -> Path:
+        return self.path / (name + PARTIAL)
+
+    def _create_folders(self, path: Path) -> None:
+        existing = nearest_folder(path)
+        missing = [p for p in (path, *path.parents) if p != existing and existing in p.parents]
+        for folder in reversed(missing):
+            with disk_errors(folder, self.layout.disk_bytes):
+                folder.mkdir(exist_ok=True)
+            self._created_folders.append(folder)
+
+    def _take_lock(self) -> None:
+        with disk_errors(self.path, self.layout.disk_bytes):
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise CheckpointError(
+                    f"output {place(self.path)} is being written by another merge; wait for it, or "
+                    "choose another folder"
+                ) from None
+            # Other errors: a file system without locks. The check for emptiness has to do.
+
+    def _create_shard(self, index: int) -> None:
+        shard = self.layout.shards[index]
+        path = self._partial(shard.file_name)
+        with disk_errors(path, self.layout.disk_bytes):
+            self._partials.append(path)  # before it exists: an interrupt may come between
+            fd = create(path)
+            self._fds.append(fd)
+            reserve(fd, path, shard.size)
+            write_all(fd, shard.header)
+
+    def _finish_shards(self) -> None:
+        for shard, fd in zip(self.layout.shards, self._fds, strict=True):
+            path = self._partial(shard.file_name)
+            with disk_errors(path, self.layout.disk_bytes):
+                size = os.fstat(fd).st_size
+                if size != shard.size:
+                    raise CheckpointError(
+                        f"{place(path)} has {size} bytes instead of {shard.size}; "
+                        "something else wrote to it"
+                    )
+                os.fsync(fd)
+
+    def _check_file_name(self, name: str, taken: set[str]) -> None:
+        parts = PurePosixPath(name).parts
+        if not 0 < len(parts) <= 2 or "/".join(parts) != name or not all(map(is_plain_name, parts)):
+            raise CheckpointError(f"output file {shown(name)} must be a name in the output folder")
+        if name in taken:
+            raise CheckpointError(f"output file {shown(name)} is named as one of the weight files")
+
+    def _write_partial(self, name: str, content: bytes | Path) -> None:
+        path = self._partial(name)
+        if not path.parent.exists():
+            self._create_folders(path.parent)
+        with disk_errors(path, self.layout.disk_bytes):
+            path.unlink(missing_ok=True)  # a killed run's
+        self._partials.append(path)
+        write_synced(path, content, self.layout.disk_bytes)
+
+    def _swap(self, small: Sequence[str], shards: Sequence[str]) -> None:
+        """Give every file its final name, the earlier model's files out of the way first.
+
+        The earlier index and weights go before the first new shard comes: equal names of old and
+        new shards must never stand side by side under one index, where a crash would leave a mix
+        that loads without complaint.
+        """
+        finals = [*small, *shards] + ([INDEX] if self.layout.index is not None else [])
+        old = weight_names(self.path)
+        old += [n for n in finals if os.path.lexists(self.path / n) and n not in old]
+        for name in old:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                raise CheckpointError(f"{place(path)} is a folder; remove it")
+            self._set_aside.append(path)
+            os.rename(path, _aside(path))
+        if old:
+            sync_folder(self.path)
+        for name in finals:
+            if (
+                name == finals[-1]
+            ):  # makes the folder a model: all other names must be on disk before
+                self._sync_folders()
+            self._renamed.append(self.path / name)
+            os.rename(self._partial(name), self.path / name)
+        self._sync_folders()
+
+    def _sync_folders(self) -> None:
+        folders = {self.path, *(p.parent for p in self._renamed)}
+        folders |= {p.parent for p in self._created_folders}
+        for folder in sorted(folders):
+            sync_folder(folder)
+
+    def _close(self) -> None:
+        for fd in self._fds:
+            with suppress(OSError):  # synced already, or being thrown away
+                os.close(fd)
+        self._fds.clear()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _roll_back(self) -> None:
+        """Remove what is ours and put back what was there. Errors are passed over: another is on
+        its way.
+        """
+        for path in (*self._renamed, *self._partials):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        for path in reversed(self._set_aside):
+            with suppress(OSError):
+                if not os.path.lexists(path):
+                    os.rename(_aside(path), path)
+        self._close()
+        for folder in reversed(self._created_folders):
+            with suppress(OSError):  # not empty: someone else put something there
+                folder.rmdir()
+        self._created_folders.clear()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + REPLACED)
