@@ -67,9 +67,14 @@ def real_of(values: Any, real: torch.dtype) -> Tensor:
 
 
 def key_of(x: Tensor) -> Tensor:
-    """Return the bits of |x| as int64: monotone, NaN above infinity, both zeros equal."""
+    """Return the bits of |x| as int64: monotone, all NaNs equal and above infinity.
+
+    Conversions and operations leave payloads that differ between machines, and even between the
+    vector body and the tail of one torch kernel.
+    """
     bits = BITS[x.dtype]
-    return (x.contiguous().view(bits) & torch.iinfo(bits).max).to(torch.int64)
+    key = (x.contiguous().view(bits) & torch.iinfo(bits).max).to(torch.int64)
+    return key.masked_fill(x.isnan(), _QUIET_NAN[x.dtype])
 
 
 def value_of(key: Tensor, real: torch.dtype) -> float:

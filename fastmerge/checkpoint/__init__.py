@@ -1,6 +1,4 @@
-"""Model folders: read with every header checked, laid out before work, written so that a crash
-loses nothing.
-"""
+"""Model folders: headers checked, output laid out before work, a crash while writing harmless."""
 
 from fastmerge.checkpoint.companions import companion_files, merged_config
 from fastmerge.checkpoint.files import FileIdentity, identity

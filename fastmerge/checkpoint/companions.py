@@ -1,6 +1,4 @@
-"""What travels with the weights: tokenizer, templates, processors, custom code, and the
-configuration.
-"""
+"""What travels with the weights: tokenizer, templates, processors, code, configuration."""
 
 from __future__ import annotations
 
@@ -75,9 +73,7 @@ def companion_files(folder: Path) -> dict[str, Path]:
 
 
 def _custom_code(folder: Path) -> set[str]:
-    """Return the modules, in the folder itself, that an auto_map names or that those import from
-    it.
-    """
+    """Return the modules in the folder that an auto_map names, and those that these import."""
     wanted = []
     for name in _CODE_NAMERS:
         try:
@@ -99,9 +95,7 @@ def _custom_code(folder: Path) -> set[str]:
 
 
 def _modules(value: Any) -> Iterable[str]:
-    """Yield the modules of one auto_map value: `file.Class`, or a list of those and nulls for
-    tokenizers.
-    """
+    """Yield the modules of an auto_map value: `file.Class`, or for tokenizers a list of such."""
     for text in value if isinstance(value, list) else [value]:
         # `owner/repository--file.Class` is fetched from the hub, not from this folder.
         if isinstance(text, str) and re.fullmatch(r"\w+\.\w+", text):

@@ -78,8 +78,7 @@ def _check_input(path: Path, real: str, model: Path, *, force: bool) -> None:
         raise CheckpointError(f"output {place(path)} is an input; choose another folder")
     if not force:
         return
-    # Replacing an earlier model deletes files of the output folder; none may be an input's, links
-    # resolved.
+    # Replacing an earlier model deletes files in the output folder; an input may link to them.
     held = [model]
     if model.is_dir():
         held += [model / n for n in os.listdir(model) if n.endswith((".safetensors", ".bin"))]

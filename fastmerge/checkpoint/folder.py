@@ -92,9 +92,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             if weight_map is not None:
                 _check_assigned(info, weight_map.get(name), path)
             if name in tensors:
+                other = place(Path(tensors[name].file.name))
                 raise CheckpointError(
-                    f"{place(info.file)} holds tensor {shown(name)}, which {tensors[name].file.name} "
-                    "holds too; remove the file that does not belong to the model"
+                    f"{place(info.file)} holds tensor {shown(name)}, which {other} holds too; "
+                    "remove the file that does not belong to the model"
                 )
             tensors[name] = info
     for name, file in (weight_map or {}).items():
@@ -140,8 +141,8 @@ def _unindexed(path: Path, names: set[str]) -> list[str]:
                 wanted = f"{match['stem']}-{i:0{width}d}-of-{match['n']}.safetensors"
                 if wanted not in names:
                     raise CheckpointError(
-                        f"{place(path / wanted)} is missing: {name} is one of {n} shards; "
-                        "download it again"
+                        f"{place(path / wanted)} is missing: {place(Path(name))} is one of {n} "
+                        "shards; download it again"
                     )
     return found
 

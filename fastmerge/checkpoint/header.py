@@ -102,9 +102,7 @@ def read_header(path: Path) -> Header:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raise CheckpointError unless `name` can name a tensor: not empty, one line, not the
-    metadata's key.
-    """
+    """Raise CheckpointError unless `name` can name a tensor: some text, on one line."""
     if not name:
         raise CheckpointError(f"{where}: a tensor has an empty name")
     if not is_clean(name):

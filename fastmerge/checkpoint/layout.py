@@ -1,6 +1,4 @@
-"""The output's files before the first byte is merged: shards, headers and every tensor's final
-offset.
-"""
+"""The output's files before work starts: shards, headers and every tensor's final offset."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ from fastmerge.errors import CheckpointError, RecipeError
 ALIGNMENT = 4096
 
 _SIZE = re.compile(
-    r"(?P<number>[0-9]+(\.[0-9]+)?) ?((?P<decimal>[kmbgt])?b?|(?P<binary>[kmgt])ib)",
+    r"(?P<number>[0-9]+(\.[0-9]+)?) ?((?P<decimal>[kmgt])b?|(?P<billions>b)|(?P<binary>[kmgt])ib)?",
     re.ASCII | re.IGNORECASE,
 )
-_DECIMAL = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -52,9 +50,7 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One file: its header, its size in bytes, and its tensors with absolute offsets (`file` is
-    file_name).
-    """
+    """One file: its header, size in bytes, and tensors in file order with absolute offsets."""
 
     file_name: str
     header: bytes
@@ -64,9 +60,7 @@ class ShardLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All files. index is the index file's content, None for one shard. total_size: bytes of the
-    tensors.
-    """
+    """All files. index: content of the index file if any; total_size: bytes of the tensors."""
 
     shards: list[ShardLayout]
     index: bytes | None
@@ -133,6 +127,8 @@ def parse_size(text: str) -> int:
     factor = 1
     if match["decimal"]:
         factor = _DECIMAL[match["decimal"].lower()]
+    elif match["billions"]:
+        factor = 10**9
     elif match["binary"]:
         factor = _BINARY[match["binary"].lower()]
     try:

@@ -1,6 +1,4 @@
-"""How error messages spell names, values and paths from files nobody trusts: one bounded line
-each.
-"""
+"""How errors spell names, values and paths from files nobody trusts: one bounded line."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ def reason(error: OSError) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether `name` is a file name without any path: no separators, dots alone or control
-    codes.
-    """
+    """Return whether `name` is a file name without any path and without control characters."""
     return (
         name not in ("", os.curdir, os.pardir)
         and not any(c in name for c in "/\\")
@@ -43,7 +39,5 @@ def is_plain_name(name: str) -> bool:
 
 
 def is_clean(text: str) -> bool:
-    """Return whether text has no control characters (line breaks included) and can be stored as
-    UTF-8.
-    """
+    """Return whether text is free of control characters, line breaks included, and is UTF-8."""
     return not any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in text)

@@ -255,9 +255,7 @@ class OutputFolder:
             self._lock = -1
 
     def _roll_back(self) -> None:
-        """Remove what is ours and put back what was there. Errors are passed over: another is on
-        its way.
-        """
+        """Remove ours, put back what was there. Errors pass silently: another is on its way."""
         for path in (*self._renamed, *self._partials):
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Golden vectors: results of the papers' own code, for every oracle and on every backend.
+
+`pytest tests/test_vectors.py --vectors DIR` reads another folder of the same shape. Nothing is
+passed over in silence: an unknown file, case or expected key fails, and what is listed as unclaimed
+is skipped with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vector_claims import Case, claim_of, read_cases, tensor, unclaimed_reason
+from vector_runners import BackendRunner, OracleRunner, Runner
+
+RUNNERS: tuple[Runner, ...] = (OracleRunner(), BackendRunner("reference"), BackendRunner("cpu"))
+
+
+def _items(root: Path) -> list[Any]:
+    """Return (case or file, runner or reason) for everything under `root`; a reason of '' fails."""
+    items = []
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".json", ".npz")):
+        cases = read_cases(path) if path.suffix == ".json" else []
+        if not cases:
+            reason = unclaimed_reason(path.stem, path.parent.name, "*")
+            items.append(pytest.param(str(path), reason or "", id=path.stem))
+        for case in cases:
+            label = f"{case.file}-{case.name}"
+            reason = unclaimed_reason(case.file, case.folder, case.name)
+            if claim_of(case) is None:
+                items.append(pytest.param(label, reason or "", id=label))
+                continue
+            items += [pytest.param(case, run, id=f"{label}-{run.name}") for run in RUNNERS]
+    return items
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"case", "run"} <= set(metafunc.fixturenames):
+        root = Path(metafunc.config.getoption("vectors"))
+        items = _items(root) or [pytest.param(str(root), "", id="empty")]
+        metafunc.parametrize(("case", "run"), items)
+
+
+def _check(key: str, got: Any, want: Any, tolerance: float) -> None:
+    if isinstance(want, dict):
+        assert set(got) == set(want), f"{key}: tensors {sorted(got)}, expected {sorted(want)}"
+        for name in want:
+            _check(f"{key}[{name}]", got[name], want[name], tolerance)
+        return
+    if want is None:
+        assert got is None, f"{key}: expected none, got {got}"
+        return
+    assert tuple(got.shape) == tuple(want.shape), f"{key}: {tuple(got.shape)}"
+    error = (got.double() - want).abs() - tolerance * want.abs().clamp(min=1)
+    worst = int(error.nan_to_num(nan=torch.inf).argmax())
+    assert bool((error <= 0).all()), (
+        f"{key}: element {worst} is {got.flatten()[worst].item()!r}, "
+        f"expected {want.flatten()[worst].item()!r} within {tolerance:g}"
+    )
+
+
+def test_vector(case: Case | str, run: Runner | str) -> None:
+    if isinstance(case, str) or isinstance(run, str):
+        if not run:
+            pytest.fail(f"{case}: no method claims this; extend CLAIMS or UNCLAIMED")
+        pytest.skip(f"not claimed: {run}")
+    claim = claim_of(case)
+    assert claim is not None
+    checks = claim(case)
+    unknown = set(case.expected) - set(checks)
+    assert not unknown, f"no check for the expected keys {sorted(unknown)}"
+    for key, value in case.expected.items():
+        got = checks[key](run)
+        want = tensor(value)
+        if got is None and want is not None:
+            assert isinstance(run, BackendRunner), f"the oracle side does not show {key}"
+            continue
+        _check(key, got, want, case.tolerance)
+
+
+def test_an_unknown_file_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "novel.json").write_text(
+        json.dumps({"cases": [{"name": "a", "inputs": {}, "expected": {}}]})
+    )
+    (tmp_path / "other.npz").write_bytes(b"")
+
+    items = {item.id: item.values[1] for item in _items(tmp_path)}
+
+    assert items == {"novel-a": "", "other": ""}
