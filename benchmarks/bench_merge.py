@@ -2,8 +2,10 @@
 
     python benchmarks/bench_merge.py [--parameters 120e6] [--runs 3] [--work DIR]
 
-Inputs are random bf16 checkpoints with Llama's names and shapes, read from a warm page cache. Seconds are wall time of
-the whole process, start-up included; peak memory is the kernel's own account of it. Writes benchmarks/results/.
+Inputs are random bf16 checkpoints with Llama's names and shapes, read from a warm page cache.
+Seconds are wall time of
+the whole process, start-up included; peak memory is the kernel's own account of it. Writes
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -65,7 +67,12 @@ def shapes(n_parameters: float) -> tuple[dict[str, tuple[int, ...]], int, int]:
 
 def make_family(work: Path, n_parameters: float, n_experts: int) -> int:
     names, n_layers, hidden = shapes(n_parameters)
-    config = {**CONFIG, "num_hidden_layers": n_layers, "hidden_size": hidden, "intermediate_size": 2816}
+    config = {
+        **CONFIG,
+        "num_hidden_layers": n_layers,
+        "hidden_size": hidden,
+        "intermediate_size": 2816,
+    }
     generator = torch.Generator().manual_seed(0)
     base = {k: torch.randn(s, generator=generator) * 0.03 for k, s in names.items()}
     for m in range(n_experts + 1):
@@ -93,7 +100,9 @@ def recipe(method: str, n_experts: int) -> str:
     for m in range(1, n_experts + 1):
         lines.append(f"- model: ./expert{m}")
         if EXPERT[method]:
-            lines.append(f"  parameters: {EXPERT[method] if '{' in EXPERT[method] else '{' + EXPERT[method] + '}'}")
+            lines.append(
+                f"  parameters: {EXPERT[method] if '{' in EXPERT[method] else '{' + EXPERT[method] + '}'}"
+            )
     return "\n".join([*lines, "dtype: bfloat16", ""])
 
 
@@ -143,12 +152,18 @@ def main() -> None:
         ours = [str(BIN / "fastmerge"), "merge", f"{method}.yaml", "out-ours", "--force", "-q"]
         theirs = [str(BIN / "mergekit-yaml"), f"{method}.yaml", "./out-theirs", "--quiet"]
         timed(ours, work)
-        row = {"method": method, "fastmerge": median([timed(ours, work) for _ in range(options.runs)])}
+        row = {
+            "method": method,
+            "fastmerge": median([timed(ours, work) for _ in range(options.runs)]),
+        }
         shutil.rmtree(work / "out-theirs", ignore_errors=True)
         slow = [timed(theirs, work)]
         row["mergekit"] = median(slow)
         rows.append(row)
-        print(method, {k: {a: round(b, 2) for a, b in v.items()} for k, v in row.items() if k != "method"})
+        print(
+            method,
+            {k: {a: round(b, 2) for a, b in v.items()} for k, v in row.items() if k != "method"},
+        )
     result = {
         "machine": machine(), "parameters": n, "experts": options.experts, "dtype": "bf16",
         "runs": f"{options.runs} (mergekit: 1)", "bytes_moved": moved, "rows": rows,

@@ -1,7 +1,7 @@
 """Render the README's tables: methods from the registry, speeds from benchmarks/results/*.json.
 
-    python benchmarks/report.py            rewrite README.md between its markers
-    python benchmarks/report.py --check    exit 1 if a table in README.md is not what would be rendered
+python benchmarks/report.py            rewrite README.md between its markers
+python benchmarks/report.py --check    exit 1 if a table in README.md is not what would be rendered
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def merge_table() -> str:
             f"{data['experts']} experts in {data['dtype']}, page cache warm, medians of {data['runs']} runs; "
             f"fastmerge {data['versions']['fastmerge']}, mergekit {data['versions']['mergekit']}.\n"
         )
-        blocks.append("| method | fastmerge | GB/s moved | peak memory | mergekit | peak memory | ratio |")
+        blocks.append(
+            "| method | fastmerge | GB/s moved | peak memory | mergekit | peak memory | ratio |"
+        )
         blocks.append("|---|---|---|---|---|---|---|")
         for row in data["rows"]:
             ours, theirs = row["fastmerge"], row["mergekit"]
@@ -66,7 +68,9 @@ def main() -> None:
     wanted = render(text)
     if parser.parse_args().check:
         if text != wanted:
-            sys.exit("README.md: a table was edited by hand or is stale; run python benchmarks/report.py")
+            sys.exit(
+                "README.md: a table was edited by hand or is stale; run python benchmarks/report.py"
+            )
         return
     readme.write_text(wanted)
 

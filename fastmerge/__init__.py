@@ -1,11 +1,11 @@
 """fastmerge: fast, exact and bounded merging of model checkpoints.
 
-    fastmerge.merge("recipe.yaml", "out")                       model folders, as the command line does
-    fastmerge.plan("recipe.yaml")                               what that would read, write and need
-    fastmerge.merge_tensors(base, [a, b], method="ties", ...)   torch tensors or numpy arrays
-    fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in memory
-    fastmerge.methods()                                         every method with its parameters
-    fastmerge.ops                                               statistics, masks and the fused walk
+fastmerge.merge("recipe.yaml", "out")                       model folders, as the command line does
+fastmerge.plan("recipe.yaml")                               what that would read, write and need
+fastmerge.merge_tensors(base, [a, b], method="ties", ...)   torch tensors or numpy arrays
+fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in memory
+fastmerge.methods()                                         every method with its parameters
+fastmerge.ops                                               statistics, masks and the fused walk
 """
 
 from __future__ import annotations

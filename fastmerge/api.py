@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmerge import ops
 from fastmerge.backends import Chunk
-from fastmerge.card import model_card
+from fastmerge.card import hub_id, model_card
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
@@ -157,7 +157,7 @@ def _companions(
     if write_model_card:
         texts["mergekit_config.yml"] = decided.recipe.text.encode()
         names = [str(i.ref) for i in decided.recipe.inputs]
-        bases = [_hub_name(c.config, n) for c, n in zip(decided.checkpoints, names, strict=True)]
+        bases = [hub_id(n, c.config) for c, n in zip(decided.checkpoints, names, strict=True)]
         texts["README.md"] = model_card(
             title=out.resolve().name,
             recipe_text=decided.recipe.text,
@@ -168,16 +168,6 @@ def _companions(
             dtype=main.torch,
         ).encode()
     return texts, copies
-
-
-def _hub_name(config: Mapping[str, Any] | None, name: str) -> str | None:
-    """Return the hub id (`owner/name`) that an input is known by, if its folder or config tells one."""
-    for text in ((config or {}).get("_name_or_path"), name):
-        if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-            owner, repo = text.split("/")
-            if owner and repo and not Path(text).exists():
-                return text
-    return None
 
 
 # ---- tensors in memory -----------------------------------------------------------------------------

@@ -165,7 +165,10 @@ def method_table() -> str:
     """Render the registry as the README's table."""
     from fastmerge.registry import methods as known
 
-    lines = ["| method | what it does | base | per model | shared | paper |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | what it does | base | per model | shared | paper |",
+        "|---|---|---|---|---|---|",
+    ]
     for spec in known().values():
         per_model = ", ".join(f"`{p.name}`" for p in spec.params if p.scope != "shared")
         shared = ", ".join(f"`{p.name}`" for p in spec.params if p.scope == "shared")
@@ -190,7 +193,9 @@ def backends() -> None:
         if entry.name == "cpu" and reason is None:
             from fastmerge import _cpu
 
-            detail = f"; {_cpu.isa()} of {_cpu.available_isas()}, {_cpu.available_threads()} threads"
+            detail = (
+                f"; {_cpu.isa()} of {_cpu.available_isas()}, {_cpu.available_threads()} threads"
+            )
         click.echo(f"{entry.name:<10} {','.join(entry.devices):<6} {state} ({entry.about}{detail})")
 
 
@@ -200,7 +205,13 @@ def backends() -> None:
 def _size(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
+            return (
+                f"{n:.0f} {unit}"
+                if unit == "B"
+                else f"{n:.3g} {unit}"
+                if n < 100
+                else f"{n:.0f} {unit}"
+            )
         n /= 1000
     raise AssertionError
 
@@ -228,7 +239,12 @@ def _plan_text(plan: Plan) -> str:
     rows = [
         ("method", f"{plan.spec.name} ({plan.spec.title})"),
         ("inputs", ", ".join(str(i.ref) for i in plan.recipe.inputs)),
-        ("base", str(plan.recipe.inputs[plan.recipe.base].ref) if plan.recipe.base is not None else "none"),
+        (
+            "base",
+            str(plan.recipe.inputs[plan.recipe.base].ref)
+            if plan.recipe.base is not None
+            else "none",
+        ),
         ("tensors", f"{data['merged']} merged, {data['copied']} copied"),
         ("parameters", f"{data['parameters']:,}"),
         ("read", _size(data["bytes_read"])),
@@ -242,6 +258,7 @@ def _plan_text(plan: Plan) -> str:
     if not data["conflicts"]:
         lines.append("no conflicts")
     return "\n".join(lines)
+
 
 if __name__ == "__main__":
     main()

@@ -49,9 +49,7 @@ def parse_dtype(text: str, place: str) -> DType:
     """Return the type that a recipe names, with or without the prefix `torch.`."""
     name = text.removeprefix("torch.")
     if name not in RECIPE_NAMES:
-        raise RecipeError(
-            f"{place} must be one of {', '.join(RECIPE_NAMES)}, got {text!r}"
-        )
+        raise RecipeError(f"{place} must be one of {', '.join(RECIPE_NAMES)}, got {text!r}")
     return BY_TORCH[name]
 
 

@@ -1,7 +1,8 @@
 """Carry out a plan: read, statistics, fused walk, write, overlapped, in the memory the plan allows.
 
 One tensor's way: its operands are read into a region of the ring (`_loads`), its recipe is run to a walk
-(`evaluate.resolve`), the walk fills the region's output part, and the region's writes go to the tensor's final
+(`evaluate.resolve`), the walk fills the region's output part, and the region's writes go to the
+tensor's final
 offset in its shard. Tensors too large for the ring, and methods with statistics over the model, get their
 walk in earlier sweeps over the same files.
 """
@@ -88,11 +89,7 @@ class Engine:
         self.progress = progress
         self.report = Report(backend=kernels.name)
         self.walks: dict[str, Walk | Copy] = {}
-        self.offsets = {
-            name: (shard_index, info.offset)
-            for shard_index, shard in enumerate(plan.layout.shards if plan.layout else ())
-            for name, info in shard.tensors.items()
-        }
+        self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
@@ -168,11 +165,10 @@ class Engine:
         for place in places:
             job, piece = place.piece.job, place.piece
             result = self._merge_piece(place, region)
-            shard, offset = self.offsets[job.name]
+            shard, info = self.places[job.name]
+            offset = info.offset + piece.start * job.out_dtype.itemsize
             n_bytes = piece.bytes_out
-            writes.append(
-                (self.out.fd(shard), offset + piece.start * job.out_dtype.itemsize, n_bytes, result)
-            )
+            writes.append((self.out.fd(shard), offset, n_bytes, result))
             self.report.bytes_written += n_bytes
         ring.write(region, writes)
 
@@ -264,9 +260,7 @@ class Engine:
     def _merge_streamed(self, ring: Ring, job: TensorJob) -> None:
         """Merge a tensor too large for the ring: one sweep per statistic pass, then one for the walk."""
         assert job.params is not None
-        recipe = self.plan.spec.recipe(
-            job.params, job.context(self.plan.seed, self.plan.n_model)
-        )
+        recipe = self.plan.spec.recipe(job.params, job.context(self.plan.seed, self.plan.n_model))
         answer = None
         while True:
             try:
@@ -298,11 +292,7 @@ def _aligned(n: int) -> int:
 
 def head_differs(plan: Plan, out: OutputFolder) -> bool:
     """Return whether the written output head differs from the written embedding it may be tied to."""
-    places = {
-        name: (index, info)
-        for index, shard in enumerate(plan.layout.shards if plan.layout else ())
-        for name, info in shard.tensors.items()
-    }
+    places = plan.layout.places() if plan.layout else {}
     embedding = next((e for e in EMBEDDINGS if e in places), None)
     if HEAD not in places or embedding is None:
         return False
@@ -312,6 +302,8 @@ def head_differs(plan: Plan, out: OutputFolder) -> bool:
     step = 8 << 20
     for at in range(0, a.n_bytes, step):
         n = min(step, a.n_bytes - at)
-        if os.pread(out.fd(a_shard), n, a.offset + at) != os.pread(out.fd(b_shard), n, b.offset + at):
+        if os.pread(out.fd(a_shard), n, a.offset + at) != os.pread(
+            out.fd(b_shard), n, b.offset + at
+        ):
             return True
     return False

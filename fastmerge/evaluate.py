@@ -1,6 +1,7 @@
 """Run one method's recipe on one tensor's operands in memory, chunk by chunk.
 
-This is the whole meaning of a merge without any file: statistics that the recipe yields are swept over the operands,
+This is the whole meaning of a merge without any file: statistics that the recipe yields are swept
+over the operands,
 their results sent back, and the walk it returns is run. `chunk_elements` bounds the kernels' scratch memory
 and never shows in a result.
 """
@@ -51,7 +52,9 @@ class Operands:
     def n(self) -> int:
         return self.experts[0].n if self.experts else self.base.n if self.base else 0
 
-    def chunks(self, size: Grain, limit: int, with_base: bool = True) -> Iterator[tuple[int, Chunk]]:
+    def chunks(
+        self, size: Grain, limit: int, with_base: bool = True
+    ) -> Iterator[tuple[int, Chunk]]:
         """Cut into chunks of about `limit` elements that respect `size`; yields (first element, chunk)."""
         step = max(1, limit)
         if size is Grain.ROW:
@@ -60,13 +63,16 @@ class Operands:
             step = max(1, self.n)
         for a in range(0, self.n, step):
             b = min(self.n, a + step)
-            yield a, Chunk(
-                self.base.slice(a, b) if self.base and with_base else None,
-                [e.slice(a, b) for e in self.experts],
-                self.start + a,
-                b - a,
-                self.cols,
-                self.compute,
+            yield (
+                a,
+                Chunk(
+                    self.base.slice(a, b) if self.base and with_base else None,
+                    [e.slice(a, b) for e in self.experts],
+                    self.start + a,
+                    b - a,
+                    self.cols,
+                    self.compute,
+                ),
             )
 
 
@@ -155,7 +161,7 @@ def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """View a buffer's memory as uint8 without copying."""
     n_bytes = buffer.n * buffer.dtype.itemsize
     memory = (ctypes.c_uint8 * n_bytes).from_address(buffer.address)
-    return np.frombuffer(memory, dtype=np.uint8)
+    return np.ctypeslib.as_array(memory) if n_bytes else np.empty(0, np.uint8)
 
 
 def first_nonfinite(buffer: Buffer) -> int | None:
@@ -174,7 +180,6 @@ def first_nonfinite(buffer: Buffer) -> int | None:
         if bad.size:
             return a + int(bad[0])
     return None
-
 
 
 # ---- methods whose statistics are over the whole model ---------------------------------------------
@@ -227,7 +232,11 @@ def _answer_all(
         return _joint_order(kernels, tensors, requests, first, visit)
     sweeps = {
         t: kernels.sweep(
-            r, tensors[t].context.n, tensors[t].cols, tensors[t].context.n_experts, tensors[t].compute
+            r,
+            tensors[t].context.n,
+            tensors[t].cols,
+            tensors[t].context.n_experts,
+            tensors[t].compute,
         )
         for t, r in requests.items()
     }
@@ -279,7 +288,7 @@ def _add_moments(parts: Sequence[MomentResult]) -> MomentResult:
         return np.array([math.fsum(c) for c in columns])
 
     def peak(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.max([getattr(p, name) for p in parts], axis=0)
+        return np.asarray(np.max([getattr(p, name) for p in parts], axis=0), np.float64)
 
     return MomentResult(
         total("abs"),

@@ -1,6 +1,7 @@
 """The one place that decides where arithmetic runs, and the operations on tensors and arrays.
 
-`BACKENDS` is the ordered dispatch table. Each entry says which devices it serves and answers with a reason when it
+`BACKENDS` is the ordered dispatch table. Each entry says which devices it serves and answers with
+a reason when it
 cannot run. `backend=` forces one and fails loudly; so does the environment variable FASTMERGE_BACKEND.
 """
 
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 from fastmerge.backends import Buffer, Chunk, Kernels
 from fastmerge.dtypes import BY_TORCH, DType
 from fastmerge.errors import BackendError, ConflictError
-from fastmerge.stages import Cut, F64, Gram, Keep, MomentResult, Moments, OrderStatistic, RankedDrop, Walk
+from fastmerge.stages import (
+    F64,
+    Cut,
+    Gram,
+    Keep,
+    MomentResult,
+    Moments,
+    OrderStatistic,
+    RankedDrop,
+    Walk,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -101,15 +112,21 @@ def buffer_of(tensor: Tensor, what: str) -> Buffer:
     if isinstance(tensor, np.ndarray):
         dtype = BY_TORCH.get(tensor.dtype.name)
         if dtype is None or not dtype.is_merged or not tensor.dtype.isnative:
-            raise ConflictError(f"{what} is {tensor.dtype}; merge float16, float32 or float64 arrays")
+            raise ConflictError(
+                f"{what} is {tensor.dtype}; merge float16, float32 or float64 arrays"
+            )
         array = np.ascontiguousarray(tensor)
         return Buffer(array.ctypes.data, dtype, array.size, array)
     name = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
     dtype = BY_TORCH.get(name)
     if dtype is None or not dtype.is_merged:
-        raise ConflictError(f"{what} is {name}; merge float16, bfloat16, float32 or float64 tensors")
+        raise ConflictError(
+            f"{what} is {name}; merge float16, bfloat16, float32 or float64 tensors"
+        )
     if tensor.device.type != "cpu":
-        raise ConflictError(f"{what} is on {tensor.device}; only host memory is served so far, use .cpu()")
+        raise ConflictError(
+            f"{what} is on {tensor.device}; only host memory is served so far, use .cpu()"
+        )
     held = tensor.detach().contiguous()
     return Buffer(held.data_ptr(), dtype, held.numel(), held)
 

@@ -1,4 +1,4 @@
-"""Recipe and headers to a plan: which tensors are merged, copied or in conflict, in what order, in how much memory.
+"""Recipe and headers to a plan: what is merged, copied or in conflict, in how much memory.
 
 Pure data: nothing here reads a weight. The engine carries a plan out; `fastmerge plan` prints it.
 """
@@ -22,7 +22,7 @@ from fastmerge.checkpoint import (
 )
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError, RecipeError
-from fastmerge.recipe import LayerPositions, Recipe, resolve_path
+from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
 
 MIB = 1 << 20
@@ -129,9 +129,7 @@ class WorkItem:
     @property
     def memory(self) -> int:
         """Bytes of ring memory: operands and result, each aligned to a cache line."""
-        return sum(
-            p.bytes_in + p.bytes_out + 64 * (len(p.job.operands) + 1) for p in self.pieces
-        )
+        return sum(p.bytes_in + p.bytes_out + 64 * (len(p.job.operands) + 1) for p in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,9 @@ class Plan:
         return {
             "method": self.spec.name,
             "inputs": [str(c.path) for c in self.checkpoints],
-            "base": None if self.recipe.base is None else str(self.checkpoints[self.recipe.base].path),
+            "base": None
+            if self.recipe.base is None
+            else str(self.checkpoints[self.recipe.base].path),
             "tensors": len(self.jobs),
             "merged": sum(j.action is Action.MERGE for j in self.jobs),
             "copied": sum(j.action is not Action.MERGE for j in self.jobs),
@@ -207,7 +207,7 @@ class Plan:
             "bytes_written": self.bytes_written,
             "shards": [s.file_name for s in self.layout.shards] if self.layout else [],
             "peak_memory": self.peak_memory,
-            "disk": self.layout.total_size if self.layout else self.bytes_written,
+            "disk": self.layout.disk_bytes if self.layout else 0,
             "conflicts": self.conflicts,
             "warnings": self.warnings,
         }
@@ -229,7 +229,7 @@ def make_plan(
             do not raise: they are listed in `Plan.conflicts`.
     """
     spec = recipe.spec()
-    checkpoints = [open_checkpoint(resolve_path(i.ref, recipe.folder)) for i in recipe.inputs]
+    checkpoints = [open_checkpoint(recipe.path(i)) for i in range(len(recipe.inputs))]
     donor = recipe.base if recipe.base is not None else 0
     names = list(checkpoints[donor].tensors)
     seen = set(names)

@@ -112,13 +112,13 @@ class Param:
             raise RecipeError(f"{place} must be {_KIND_NAMES[self.kind]}, got {value!r}")
         if self.choices and out not in self.choices:
             raise RecipeError(f"{place} must be one of {', '.join(self.choices)}, got {value!r}")
-        if isinstance(out, float | int) and not isinstance(out, bool):
-            if out != out or (self.low is not None and out < self.low) or (
-                self.high is not None and out > self.high
-            ):
-                low = "-inf" if self.low is None else f"{self.low:g}"
-                high = "inf" if self.high is None else f"{self.high:g}"
-                raise RecipeError(f"{place} must be in [{low}, {high}], got {value!r}")
+        number = isinstance(out, float | int) and not isinstance(out, bool)
+        below = number and self.low is not None and out < self.low
+        above = number and self.high is not None and out > self.high
+        if below or above or (number and out != out):
+            low = "-inf" if self.low is None else f"{self.low:g}"
+            high = "inf" if self.high is None else f"{self.high:g}"
+            raise RecipeError(f"{place} must be in [{low}, {high}], got {value!r}")
         return out
 
 

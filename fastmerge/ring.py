@@ -1,6 +1,7 @@
 """Bounded memory between the disk and the kernels: reads ahead, writes behind, in one ring of bytes.
 
-Regions are handed out and taken back in order. While one is merged, threads of csrc/io fill the next ones and empty the
+Regions are handed out and taken back in order. While one is merged, threads of csrc/io fill the
+next ones and empty the
 last ones; when the ring is full, reading waits for writing. Nothing else holds tensor bytes.
 """
 
@@ -115,13 +116,16 @@ class Ring:
             self._release(self._regions[0])
 
     def _allocate(self, size: int, block: bool) -> Region | None:
-        """Take `size` bytes behind the newest region, freeing the oldest finished ones; None if there is no room.
+        """Take `size` bytes behind the newest region, freeing the oldest finished ones; None if
+        there is no room.
 
         With `block` the oldest regions' writes are waited for.
         """
         size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         if size > self._capacity:
-            raise MemoryError(f"a work item of {size} bytes does not fit a ring of {self._capacity}")
+            raise MemoryError(
+                f"a work item of {size} bytes does not fit a ring of {self._capacity}"
+            )
         while True:
             offset = self._room(size)
             if offset is not None:

@@ -10,7 +10,8 @@ One coordinate of an element-wise merge goes through
     out = base + merged                          one rounding, at the store
 
 A recipe is a generator: it yields statistics, is sent their results, and returns a `Walk`. These classes
-are plain data; `fastmerge.backends` turns them into kernel arguments. U is the number of units a statistic is over:
+are plain data; `fastmerge.backends` turns them into kernel arguments. U is the number of units a
+statistic is over:
 1 for a tensor, `rows` for ROW, `cols` for COLUMN.
 """
 
@@ -178,7 +179,8 @@ class Copy:
 class OrderStatistic:
     """Yield to get `list[Cut]`, one per requested rank: the cut above which exactly `rank` elements lie.
 
-    ranks: per expert, how many elements lie above each cut, [K][R]; among equal magnitudes the lowest flat index
+    ranks: per expert, how many elements lie above each cut, [K][R]; among equal magnitudes the
+    lowest flat index
            is above. all_ties: every element equal to the cut value counts as above (`last_tie` is the end).
     of:    delta: |expert_k - base|; variance: population variance over experts, then K is 1.
     fraction_of_nonzero: instead of ranks, int(fraction * number of nonzero elements).
@@ -225,7 +227,8 @@ class Gram:
 
 @dataclass(frozen=True)
 class SignBalance:
-    """Yield to get an int: how many coordinates elect plus minus how many elect minus (zero votes: neither)."""
+    """Yield to get an int: how many coordinates elect plus minus how many elect minus (zero votes:
+    neither)."""
 
     keep: Keep
     coefficient: F64

@@ -1,4 +1,4 @@
-"""The compiled backend against the reference: equal bits for every stage, type, chunking and instruction set."""
+"""The compiled backend against the reference: equal bits for every stage, type and chunking."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
         rng, held, k = draw(seed, shape)
         scope = "row" if rng.random() < 0.4 else "tensor"
         unit = cols if scope == "row" else n
-        ranks = [[int(rng.integers(-1, unit + 2)), int(rng.integers(0, unit + 1))] for _ in range(k)]
+        ranks = [
+            [int(rng.integers(-1, unit + 2)), int(rng.integers(0, unit + 1))] for _ in range(k)
+        ]
         requests = [
             OrderStatistic(ranks, scope=scope, all_ties=bool(rng.random() < 0.3)),  # type: ignore[arg-type]
             OrderStatistic(of="variance", fraction_of_nonzero=float(rng.random())),
@@ -104,7 +106,11 @@ def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
 def test_large_rank_cut_uses_digits_and_is_exact() -> None:
     """Above 2^17 elements cuts are found by counting digits; equal magnitudes abound on a grid."""
     rng = rng_of("digits")
-    for content, dtype in (("grid", torch.bfloat16), ("normal", torch.float32), ("wide", torch.float64)):
+    for content, dtype in (
+        ("grid", torch.bfloat16),
+        ("normal", torch.float32),
+        ("wide", torch.float64),
+    ):
         base = cases.tensor(rng, (200_003,), content, dtype)
         experts = [cases.tensor(rng, (200_003,), content, dtype) for _ in range(2)]
         request = OrderStatistic([[1, 150_000], [100_001, 200_003]])
@@ -150,9 +156,12 @@ def test_known_answers_of_philox() -> None:
     assert _cpu.philox(ones, ones, ones, ones, ones, ones) == (
         0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
     )  # fmt: skip
-    assert _cpu.philox(
-        0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0
-    ) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    assert _cpu.philox(0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0) == (
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    )
 
 
 def test_forced_instruction_set_is_obeyed_or_refused() -> None:

@@ -1,7 +1,8 @@
-"""Whole merges through the API and the command line: what may not show in a result, and what goes wrong well."""
+"""Whole merges through API and command line: what may not show, and what goes wrong well."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,7 +26,15 @@ from fastmerge.errors import CheckpointError, ConflictError, NonFiniteError, Rec
 from fastmerge.stages import Combine, Walk
 
 #: Odd shapes around rows, blocks and scalars; small enough for chunks of one element.
-ODD = {"a.0.w": (5, 7), "a.1.w": (33,), "b": (), "c.weight": (3, 2, 11), "d": (70, 3), "e": (0, 4), "f": (1, 1)}
+ODD = {
+    "a.0.w": (5, 7),
+    "a.1.w": (33,),
+    "b": (),
+    "c.weight": (3, 2, 11),
+    "d": (70, 3),
+    "e": (0, 4),
+    "f": (1, 1),
+}
 METHODS = list(families.PARAMETERS)
 TIES_MODEL = families.recipe("ties", "scope: model, zero_sign: global_majority, rescale: true")
 
@@ -87,7 +96,7 @@ class TestNothingShows:
                 target.mkdir(parents=True)
                 weight_map = {}
                 edges = [0, *cuts, len(names)]
-                for s, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+                for s, (a, b) in enumerate(itertools.pairwise(edges)):
                     file = f"model-{s + 1:05}-of-00003.safetensors"
                     part = {n: state[n] for n in reversed(names[a:b])}
                     save_file(part, target / file)
@@ -111,7 +120,9 @@ class TestNothingShows:
             assert families.same_bits(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("method", ["ties", "sce", "dare_ties", "model_stock", "breadcrumbs", "della"])
+@pytest.mark.parametrize(
+    "method", ["ties", "sce", "dare_ties", "model_stock", "breadcrumbs", "della"]
+)
 def test_a_tensor_too_large_for_memory_is_streamed(method: str, tmp_path: Path) -> None:
     """Statistics by several reads in little memory give the bytes of one read in much."""
     families.write_family(tmp_path, {"w": (4000, 2500)}, torch.bfloat16)
@@ -177,12 +188,14 @@ def test_merge_command_writes_a_whole_model(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16"
     assert {x.dtype for x in families.load(tmp_path / "out").values()} == {torch.float16}
-    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == (tmp_path / "r.yaml").read_text()
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == (
+        tmp_path / "r.yaml"
+    ).read_text()
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "merge_method: ties" in card
     transformers = pytest.importorskip("transformers", reason="the extra [demo] is not installed")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"]
@@ -191,7 +204,9 @@ def test_merge_command_writes_a_whole_model(tmp_path: Path) -> None:
 
 def test_quiet_prints_nothing_and_existing_output_needs_force(odd: Path, tmp_path: Path) -> None:
     (odd / "r.yaml").write_text(families.recipe("linear"))
-    first = run("merge", odd / "r.yaml", tmp_path / "out", "-q", "--lazy-unpickle", "--copy-tokenizer")
+    first = run(
+        "merge", odd / "r.yaml", tmp_path / "out", "-q", "--lazy-unpickle", "--copy-tokenizer"
+    )
     assert (first.exit_code, first.output) == (0, "")
     again = run("merge", odd / "r.yaml", tmp_path / "out", "-q")
     assert again.exit_code == 2
@@ -214,7 +229,9 @@ def test_plan_command(odd: Path) -> None:
 def test_conflicts_are_listed_and_stop_a_merge(tmp_path: Path) -> None:
     families.write_family(tmp_path, {"w": (4, 4), "v": (3,), "u": (2,)}, n_experts=2)
     state = families.load(tmp_path / "e2")
-    families.write_model(tmp_path / "e2", {"w": torch.zeros(4, 5), "v": state["v"], "x": torch.ones(1)})
+    families.write_model(
+        tmp_path / "e2", {"w": torch.zeros(4, 5), "v": state["v"], "x": torch.ones(1)}
+    )
     (tmp_path / "r.yaml").write_text(
         "merge_method: ties\nbase_model: ./base\nmodels:\n- {model: ./e1, parameters: {weight: 1}}\n"
         "- {model: ./e2, parameters: {weight: 1}}\n"
@@ -255,9 +272,7 @@ def test_integer_tensors_are_copied_with_a_warning_when_they_differ(tmp_path: Pa
     )
     (tmp_path / "r.yaml").write_text(text)
     report = fastmerge.merge(tmp_path / "r.yaml", tmp_path / "out")
-    assert report.warnings == [
-        "'ids' (int64) differs between './e1' and './e2'; './e1''s is taken"
-    ]
+    assert report.warnings == ["'ids' (int64) differs between './e1' and './e2'; './e1''s is taken"]
     assert families.load(tmp_path / "out")["ids"].tolist() == [0, 1]
     strict = run("merge", tmp_path / "r.yaml", tmp_path / "strict", "--strict")
     assert strict.exit_code == 2
@@ -271,7 +286,9 @@ def test_nonfinite_inputs_are_named_or_carried(tmp_path: Path) -> None:
     state["w"][3, 22] = float("inf")
     families.write_model(tmp_path / "e2", state)
     for method in ("ties", "linear", "dare_ties", "model_stock"):
-        with pytest.raises(NonFiniteError, match=r"'w' of './e2' holds NaN or infinity at flat index 321;"):
+        with pytest.raises(
+            NonFiniteError, match=r"'w' of './e2' holds NaN or infinity at flat index 321;"
+        ):
             merged(tmp_path, families.recipe(method), tmp_path / "out")
         assert not (tmp_path / "out").exists()
     merged(tmp_path, families.recipe("linear"), tmp_path / "out", nan_policy="propagate")
@@ -282,7 +299,9 @@ def test_nonfinite_inputs_are_named_or_carried(tmp_path: Path) -> None:
 
 def test_a_head_that_differs_unties_the_config(tmp_path: Path) -> None:
     shapes = {"model.embed_tokens.weight": (10, 4), "lm_head.weight": (10, 4)}
-    families.write_family(tmp_path, shapes, n_experts=2, config={**families.LLAMA, "tie_word_embeddings": True})
+    families.write_family(
+        tmp_path, shapes, n_experts=2, config={**families.LLAMA, "tie_word_embeddings": True}
+    )
     tied = families.load(tmp_path / "e1")
     del tied["lm_head.weight"]
     families.write_model(tmp_path / "e1", tied, {**families.LLAMA, "tie_word_embeddings": True})
@@ -293,7 +312,9 @@ def test_a_head_that_differs_unties_the_config(tmp_path: Path) -> None:
     got, other = families.load(tmp_path / "out"), families.load(tmp_path / "e2")
     want = (tied["model.embed_tokens.weight"] + other["lm_head.weight"]) / 2
     torch.testing.assert_close(got["lm_head.weight"], want)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 def test_a_file_replaced_during_the_merge_is_an_error(odd: Path, tmp_path: Path) -> None:
@@ -357,7 +378,9 @@ def toy() -> Iterator[str]:
         return Walk(coefficient, combine=Combine(), add_base=False)
 
     @toy_first.oracle
-    def oracle(base: object, experts: list[torch.Tensor], params: registry.Params, _: object) -> torch.Tensor:
+    def oracle(
+        base: object, experts: list[torch.Tensor], params: registry.Params, _: object
+    ) -> torch.Tensor:
         return experts[0] * params.gain
 
     yield "toy_first"
@@ -398,7 +421,10 @@ def test_method_of_an_installed_package_is_found_by_entry_point(tmp_path: Path) 
     (info / "entry_points.txt").write_text("[fastmerge.methods]\noutside = outsider\n")
     listing = subprocess.run(
         [sys.executable, "-m", "fastmerge.cli", "methods"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
         check=True,

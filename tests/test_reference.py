@@ -717,18 +717,19 @@ ELECTS = [
         if scale is None or by.startswith("norm")
     ),
 ]
+DIVISIONS: list[tuple[Any, ...]] = [
+    ("none", 1.0, None, 0.0),
+    ("constant", 3.0, None, 0.0),
+    ("constant", -7.0, None, 0.0),
+    ("weight", 1.0, (0.1, 0.2, 0.7), 0.0),
+    ("weight", 1.0, (0.0, 0.2, -0.2), 0.0),
+    ("weight", 1.0, (0.1, 0.2, 0.7), 0.25),
+    ("weight", 1.0, None, 0.0),
+]
 COMBINES = [
-    Combine(by, divide, divisor, weight, floor, lam)
+    Combine(by, division[0], division[1], division[2], division[3], lam)
     for by in ("sum", "max")
-    for divide, divisor, weight, floor in (
-        ("none", 1.0, None, 0.0),
-        ("constant", 3.0, None, 0.0),
-        ("constant", -7.0, None, 0.0),
-        ("weight", 1.0, (0.1, 0.2, 0.7), 0.0),
-        ("weight", 1.0, (0.0, 0.2, -0.2), 0.0),
-        ("weight", 1.0, (0.1, 0.2, 0.7), 0.25),
-        ("weight", 1.0, None, 0.0),
-    )
+    for division in DIVISIONS
     for lam in (1.0, -0.3)
 ]
 

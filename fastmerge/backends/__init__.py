@@ -1,4 +1,4 @@
-"""Backends: each implements `Kernels` on memory that `Buffer`s describe. `fastmerge.ops` chooses among them."""
+"""Backends: each implements `Kernels` on memory that `Buffer`s describe; `ops` chooses one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from fastmerge.dtypes import DType
 from fastmerge.stages import (
-    Cut,
     F64,
+    Cut,
     Gram,
-    Moments,
     MomentResult,
+    Moments,
     OrderStatistic,
     SignBalance,
     Statistic,
@@ -42,7 +42,8 @@ class Buffer:
 class Chunk:
     """Elements [start, start + n) of one tensor, of all operands.
 
-    base is None for walks without one. cols is the tensor's last dimension; where a statistic or a stage is over
+    base is None for walks without one. cols is the tensor's last dimension; where a statistic or a
+    stage is over
     rows or columns, a chunk holds whole rows.
     """
 
@@ -72,7 +73,9 @@ class Kernels(Protocol):
 
     name: str
 
-    def sweep(self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType) -> Sweep:
+    def sweep(
+        self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
+    ) -> Sweep:
         """Start a statistic over n elements (all of the model's for order statistics of model scope)."""
         ...
 
@@ -85,7 +88,8 @@ class Kernels(Protocol):
         ...
 
     def keep_probability(self, drop: Any, chunk: Chunk) -> F64:
-        """Return [K, n] float64: the exact keep probability p_i of a `RankedDrop`; the chunk is the whole tensor."""
+        """Return [K, n] float64: the exact keep probability p_i of a `RankedDrop`; the chunk is
+        the whole tensor."""
         ...
 
 

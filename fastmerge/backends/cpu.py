@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,10 @@ from fastmerge.backends import Buffer, Chunk, Sweep
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
+    F64,
     Axis,
     Cut,
     Drop,
-    F64,
     GivenMask,
     Gram,
     Keep,
@@ -185,7 +186,7 @@ class _Gram:
     def result(self) -> F64:
         pairs = self._sweep.result()
         full = np.empty((self._k, self._k, pairs.shape[1]))
-        for p, (j, k) in enumerate((j, k) for j in range(self._k) for k in range(j, self._k)):
+        for p, (j, k) in enumerate(itertools.combinations_with_replacement(range(self._k), 2)):
             full[j, k] = full[k, j] = pairs[p]
         return full
 

@@ -97,7 +97,10 @@ def selected_oracle(delta: Tensor, fraction: float) -> Tensor:
 
     if fraction >= 1:
         return torch.ones(delta.shape[1:], dtype=torch.bool)
-    variance = delta.var(0, unbiased=False).flatten()
+    # Summed in order of experts, as docs/numerics.md defines: rounding decides among near equals.
+    mean = sum(delta[1:], start=delta[0]) / len(delta)
+    squares = [(d - mean) ** 2 for d in delta]
+    variance = (sum(squares[1:], start=squares[0]) / len(delta)).flatten()
     n_selected = int(int((variance != 0).sum()) * fraction)
     return (largest_first(variance) < n_selected).reshape(delta.shape[1:])
 
@@ -108,7 +111,7 @@ def weights_oracle(delta: Tensor, uniform_below: float) -> Tensor:
 
     if delta[0].numel() == 0:
         return torch.full((len(delta),), 1 / len(delta), dtype=torch.float64)
-    square = (delta**2).flatten(1).mean(1)
+    square = (delta**2).reshape(len(delta), -1).mean(1)
     total = square.sum()
     if total == 0 or total < uniform_below:
         return torch.full_like(square, 1 / len(square))

@@ -213,7 +213,7 @@ def votes_oracle(kept: Tensor, value: Tensor, params: Params) -> Tensor:
         return kept.sign()
     if params.elect == "mass":
         return kept if params.elect_on == "unweighted" else value
-    square = (kept * kept).flatten(1).sum(1)
+    square = (kept * kept).reshape(len(kept), -1).sum(1)
     share = kept * kept / spread([float(s) or 1.0 for s in square], kept)
     if params.elect == "normmass":
         return kept.sign() * share
