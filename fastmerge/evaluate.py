@@ -18,6 +18,7 @@ import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels
 from fastmerge.dtypes import DType
+from fastmerge.errors import RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
 from fastmerge.stages import (
     Copy,
@@ -220,15 +221,28 @@ def resolve_model(
                     walks[t] = stop.value
         if not requests:
             return [w for w in walks if w is not None]
-        for t, answer in _answer_all(kernels, tensors, requests, visit).items():
+        for t, answer in _answer_all(kernels, spec, tensors, requests, visit).items():
             answers[t] = answer
 
 
 def _answer_all(
-    kernels: Kernels, tensors: Sequence[ModelTensor], requests: dict[int, Statistic], visit: Visit
+    kernels: Kernels,
+    spec: MethodSpec,
+    tensors: Sequence[ModelTensor],
+    requests: dict[int, Statistic],
+    visit: Visit,
 ) -> dict[int, Any]:
     first = next(iter(requests.values()))
-    if isinstance(first, OrderStatistic) and first.scope == "model":
+    over_model = getattr(first, "scope", "tensor") == "model"
+    apart = len({type(r) for r in requests.values()}) > 1
+    if isinstance(first, OrderStatistic) and over_model:
+        apart |= any(r != first for r in requests.values())
+    if over_model and apart:
+        raise RecipeError(
+            f"{spec.name} over the whole model needs one value of its parameters for all tensors; "
+            "give no filter and no gradient, or choose scope: tensor"
+        )
+    if isinstance(first, OrderStatistic) and over_model:
         return _joint_order(kernels, tensors, requests, first, visit)
     sweeps = {
         t: kernels.sweep(
@@ -246,7 +260,7 @@ def _answer_all(
         visit(lambda t, chunk: sweeps[t].feed(chunk), left, size)
         left = {t for t in left if sweeps[t].next_pass()}
     results = {t: s.result() for t, s in sweeps.items()}
-    if getattr(first, "scope", "tensor") != "model":
+    if not over_model:
         return results
     if isinstance(first, SignBalance):
         total = sum(results.values())

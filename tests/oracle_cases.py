@@ -70,7 +70,7 @@ def reference(method: str, base: Tensor | None, experts: Sequence[Tensor], **par
 
 
 #: (method, number of experts, parameters); mergekit 0.1.5 takes all of these.
-MERGEKIT = [
+MERGEKIT: list[tuple[str, int, dict[str, Any]]] = [
     ("linear", 3, {"weight": [0.2, 0.5, 0.3, 0.7]}),
     ("linear", 3, {"weight": [0.2, -0.5, 0.3, 0.7], "normalize": False}),
     ("task_arithmetic", 3, {**THREE, "lambda": 0.7}),
@@ -101,7 +101,7 @@ MERGEKIT = [
 POWERS = [0.5, 1.0, -0.25]  # products with grid values are exact: zero votes are zero in both
 
 RECIPES: list[tuple[str, int, dict[str, Any]]] = [
-    *((m, n, p) for m, n, p in MERGEKIT),
+    *MERGEKIT,
     *(
         ("ties", 3, {"weight": POWERS, "density": [0.3, 1.0, 0.55], **rules})
         for rules in (

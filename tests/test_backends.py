@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import cases
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from fastmerge import _cpu, ops
-from fastmerge.stages import Axis, Gram, OrderStatistic
+from fastmerge.stages import Axis, Gram, OrderStatistic, RankedDrop, Walk
 
 ISAS = _cpu.available_isas().split()
 SEEDS = range(60)
@@ -142,7 +143,6 @@ def test_nonfinite_values_are_reported_and_carried() -> None:
         kernels = ops.choose("cpu", name)
         chunk = ops._chunk(base, [expert])
         out = torch.empty(100)
-        from fastmerge.stages import Walk
 
         assert kernels.walk(Walk(np.ones((1, 1))), chunk, ops.buffer_of(out, "out"))
         assert torch.isnan(out[70])
@@ -178,3 +178,60 @@ def test_forced_instruction_set_is_obeyed_or_refused() -> None:
     refused = run("sse9")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: FASTMERGE_CPU_ISA='sse9' is not available here")
+
+
+def nan_operands(shape: tuple[int, ...]) -> cases.Operands:
+    rng = rng_of("nan", shape)
+    held = cases.operands(rng, shape, 3, "grid")
+    for x in held.experts[:1]:
+        x.reshape(-1)[:: max(2, x.numel() // 9)] = float("nan")
+    return held
+
+
+@pytest.mark.parametrize("shape", [(127,), (33, 41)], ids=str)
+def test_nan_is_carried_alike(shape: tuple[int, ...], isa: str) -> None:
+    """NaN is the largest magnitude everywhere; what a walk makes of it is the same on both backends."""
+    held = nan_operands(shape)
+    n, k = int(np.prod(shape)), 3
+    for seed in SEEDS:
+        rng = rng_of("nan walk", seed)
+        walk = cases.random_walk(rng, shape, k, True)
+        outs = [
+            ops.fused_walk(held.base, held.experts, walk, backend=name)
+            for name in ("cpu", "reference")
+        ]
+        torch.testing.assert_close(*outs, rtol=0, atol=0, equal_nan=True, msg=f"{seed}: {walk}")
+        keep = walk.keep
+        a, b = (ops.moments(held.base, held.experts, keep, backend=name)
+                for name in ("cpu", "reference"))  # fmt: skip
+        np.testing.assert_array_equal(a.max, b.max)
+        np.testing.assert_array_equal(a.max_kept, b.max_kept)
+        request = OrderStatistic([[int(rng.integers(1, n))]] * k)
+        (x,), (y,) = (ops.order_statistic(held.base, held.experts, request, backend=name)
+                      for name in ("cpu", "reference"))  # fmt: skip
+        np.testing.assert_array_equal(x.value, y.value)
+        np.testing.assert_array_equal(x.last_tie, y.last_tie)
+
+
+def test_edges_of_the_definition_agree(isa: str) -> None:
+    """No experts, a base that the walk does not use, probabilities that draw nothing."""
+    held = cases.operands(rng_of("edges"), (6, 70), 2, "grid")
+    walk = Walk(np.ones((2, 1)), add_base=False)
+    a, b = (
+        ops.fused_walk(held.base, held.experts, walk, backend=name) for name in ("cpu", "reference")
+    )
+    assert torch.equal(a, b)
+    gram = Gram(delta=False)
+    a, b = (ops.gram(held.base, held.experts, gram, backend=name) for name in ("cpu", "reference"))
+    np.testing.assert_array_equal(a, b)
+    for axis in (Axis.ROW, Axis.TENSOR):
+        for by in ("rank", "value"):
+            drop = RankedDrop([1.0, 0.2], [1.0, 0.6], [1, 2], axis=axis, by=by)  # type: ignore[arg-type]
+            a, b = (ops.keep_probability(held.base, held.experts, drop, backend=name)
+                    for name in ("cpu", "reference"))  # fmt: skip
+            np.testing.assert_array_equal(a, b)
+    chunk = replace(ops._chunk(held.base, held.experts), experts=[])
+    for name in ("cpu", "reference"):
+        out = torch.empty_like(held.base)
+        ops.choose("cpu", name).walk(Walk(np.ones((0, 1))), chunk, ops.buffer_of(out, "out"))
+        assert torch.equal(out, held.base)

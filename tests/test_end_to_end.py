@@ -445,6 +445,15 @@ def test_the_cpu_path_does_not_import_torch(odd: Path, tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_model_scope_refuses_values_that_differ_between_tensors(
+    odd: Path, tmp_path: Path
+) -> None:
+    text = TIES_MODEL.replace("density: 0.4", "density: [{filter: a.0, value: 0.2}, {value: 0.4}]")
+    with pytest.raises(RecipeError, match="ties over the whole model needs one value"):
+        merged(odd, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_names_get_the_nearest_known_one(odd: Path, tmp_path: Path) -> None:
     (odd / "r.yaml").write_text("merge_method: tise\nmodels: [{model: ./e1}]\n")
     assert "did you mean 'ties'?" in run("plan", odd / "r.yaml").stderr

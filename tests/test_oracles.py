@@ -38,21 +38,17 @@ from fastmerge.registry import get, methods
 def test_oracle_is_mergekits(
     method: str, n_experts: int, params: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    pytest.importorskip("mergekit", reason="the extra [oracle] is not installed")
-    from mergekit.merge_methods import merge_tensors
+    theirs = pytest.importorskip("mergekit.merge_methods", reason="needs the extra [oracle]")
 
-    base, experts = (
-        base.to(dtype) if isinstance(base, Tensor) else base
-        for base in operands(method, n_experts, shape)
-    )
-    experts = [e.to(dtype) for e in experts]
-    theirs_params = dict(params)
+    base, experts = operands(method, n_experts, shape)
+    base, experts = base.to(dtype), [e.to(dtype) for e in experts]
+    theirs_params: dict[str, Any] = dict(params)
     for name, value in params.items():
         scope = (get(method).param(name) or pytest.fail(name)).scope
         if scope == "expert" and not isinstance(value, list):
             theirs_params[name] = [value] * n_experts
 
-    want = merge_tensors([base, *experts], method, parameters=theirs_params, base_index=0)
+    want = theirs.merge_tensors([base, *experts], method, parameters=theirs_params, base_index=0)
     got = oracle(method, base.double(), [e.double() for e in experts], **params)
 
     # fp32: they round every step; their DARE and DELLA go through float32 even for float64.
@@ -63,13 +59,12 @@ def test_oracle_is_mergekits(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("flatten", [True, False])
 def test_nuslerp_without_base_is_mergekits(flatten: bool) -> None:
-    pytest.importorskip("mergekit", reason="the extra [oracle] is not installed")
-    from mergekit.merge_methods import merge_tensors
+    theirs = pytest.importorskip("mergekit.merge_methods", reason="needs the extra [oracle]")
 
     _, experts = operands("nuslerp", 2)
-    params = {"weight": [1.0, 3.0], "nuslerp_flatten": flatten}
+    params: dict[str, Any] = {"weight": [1.0, 3.0], "nuslerp_flatten": flatten}
 
-    want = merge_tensors(experts, "nuslerp", parameters=params)
+    want = theirs.merge_tensors(experts, "nuslerp", parameters=params)
 
     assert torch.allclose(oracle("nuslerp", None, experts, **params), want, rtol=1e-12, atol=1e-12)
 
@@ -78,7 +73,7 @@ def test_nuslerp_without_base_is_mergekits(flatten: bool) -> None:
 
 
 @pytest.mark.parametrize("grid", [False, True], ids=["normal", "grid"])
-@pytest.mark.parametrize("shape", [(13, 17), (101,), (6, 1), (2, 3, 8), ()], ids=str)
+@pytest.mark.parametrize("shape", [(13, 17), (101,), (6, 1), (2, 3, 8), (), (0,), (3, 0)], ids=str)
 @pytest.mark.parametrize(
     ("method", "n_experts", "params"),
     RECIPES,
@@ -123,7 +118,12 @@ def test_model_scope_is_the_flattened_model(rules: dict[str, Any]) -> None:
         base, experts = operands(name, 3, shape, grid=True)
         for state, tensor in zip(states, [base, *experts], strict=True):
             state[name] = scale * tensor
-    params = {"weight": [0.5, 1.0, 2.0], "density": [0.3, 1.0, 0.6], "scope": "model", **rules}
+    params: dict[str, Any] = {
+        "weight": [0.5, 1.0, 2.0],
+        "density": [0.3, 1.0, 0.6],
+        "scope": "model",
+        **rules,
+    }
 
     want = OracleRunner().merge("ties", states[0], states[1:], **params)
 
@@ -178,7 +178,7 @@ def test_one_whole_expert_is_returned(method: str) -> None:
 @pytest.mark.parametrize("method", THREE_EXPERTS)
 def test_order_of_experts_does_not_matter(method: str) -> None:
     base, experts = operands(method, 3)
-    params = THREE_EXPERTS[method]
+    params: dict[str, Any] = THREE_EXPERTS[method]
     masks = keep_masks(experts) if method in DRAWN else None  # draws are keyed by position
     order = [2, 0, 1]
 
@@ -200,7 +200,7 @@ def test_order_of_experts_does_not_matter(method: str) -> None:
 def test_deltas_scaled_by_a_power_of_two_scale_the_result(method: str) -> None:
     base, experts = operands(method, 3)
     zeros = torch.zeros_like(base)
-    params = THREE_EXPERTS[method]
+    params: dict[str, Any] = THREE_EXPERTS[method]
 
     once = oracle(method, zeros, experts, **params)
     eightfold = oracle(method, zeros, [8 * e for e in experts], **params)
@@ -214,7 +214,7 @@ def test_no_merged_change_opposes_the_elected_sign(method: str) -> None:
     zeros = torch.zeros_like(base)
     linear = {"ties": None, "breadcrumbs_ties": "breadcrumbs", "dare_ties": "dare_linear"}
     twin = linear.get(method, "della_linear")
-    params = {**TRIMMED, "normalize": False}
+    params: dict[str, Any] = {**TRIMMED, "normalize": False}
     if twin is None:  # ties itself has no twin without election: breadcrumbs without outliers
         twin, twin_params = "breadcrumbs", {**params, "gamma": 0.0}
     else:
@@ -229,7 +229,7 @@ def test_no_merged_change_opposes_the_elected_sign(method: str) -> None:
 @pytest.mark.parametrize("method", ["ties", "della", "sce", "linear"])
 def test_a_weighted_mean_stays_between_its_inputs(method: str) -> None:
     base, experts = operands(method, 3)
-    params = {} if method == "sce" else {"weight": [1.0, 0.5, 0.25]}
+    params: dict[str, Any] = {} if method == "sce" else {"weight": [1.0, 0.5, 0.25]}
     inputs = [base, *experts] if method == "linear" else experts
     weights = {"weight": [1.0, 0.5, 0.25, 2.0]} if method == "linear" else params
     low = torch.stack([base, *experts]).amin(0) - 1e-12
@@ -266,7 +266,7 @@ def test_philox_known_answers() -> None:
 def test_inverse_keep_is_unbiased() -> None:
     n_seeds, density = 2048, 0.3
     base, experts = operands("dare", 1, (48,))
-    params = {"weight": 1.0, "density": density, "preset": "paper"}
+    params: dict[str, Any] = {"weight": 1.0, "density": density, "preset": "paper"}
     delta = experts[0] - base
 
     total = sum(
@@ -280,7 +280,7 @@ def test_inverse_keep_is_unbiased() -> None:
 @pytest.mark.parametrize("method", DRAWN)
 def test_l1_rescale_conserves_the_l1_norm(method: str) -> None:
     base, experts = operands(method, 1)
-    params = {"weight": 1.0, "density": 0.4, "normalize": False}
+    params: dict[str, Any] = {"weight": 1.0, "density": 0.4, "normalize": False}
 
     merged = oracle(method, base, experts, **params) - base
 
@@ -289,7 +289,7 @@ def test_l1_rescale_conserves_the_l1_norm(method: str) -> None:
 
 def test_della_without_a_window_is_dare() -> None:
     base, experts = operands("della", 3)
-    params = {"weight": 1.0, "density": [0.3, 0.5, 0.8], "preset": "paper"}
+    params: dict[str, Any] = {"weight": 1.0, "density": [0.3, 0.5, 0.8], "preset": "paper"}
 
     dare = oracle("dare_linear", base, experts, **params)
 

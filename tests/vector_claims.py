@@ -204,7 +204,8 @@ def della_prune(rank_by: str) -> Callable[[Case], Checks]:
             return run.probability("della_linear", base, experts, **params)[0]
 
         def mask(run: Runner) -> Tensor:
-            return case.inputs["uniform"] < probability(run)
+            uniform: Tensor = case.inputs["uniform"]
+            return uniform < probability(run)
 
         def out(run: Runner) -> Any:
             return run.merge("della_linear", base, experts, masks=[mask(run)], **params)

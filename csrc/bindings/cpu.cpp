@@ -58,6 +58,8 @@ struct PyKeep {
     void cut(const std::string& which, Doubles value, Longs last_tie, int axis) {
         if (value.ndim() != 2 || last_tie.ndim() != 2 || value.size() != last_tie.size())
             throw std::invalid_argument("cut: value and last_tie must be [K, units]");
+        if (axis != int(Axis::Tensor) && axis != int(Axis::Row))
+            throw std::invalid_argument("cut: one per tensor or per row");
         Cut& c = which == "trim" ? plan.trim : which == "remove" ? plan.remove : plan.select;
         c = {value.data(), last_tie.data(), value.shape(1), Axis(axis)};
         owned.push_back(value), owned.push_back(last_tie);
@@ -204,6 +206,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<OrderSweep>(m, "OrderSweep")
         .def(py::init([](int n_keys, bool variance, std::vector<std::vector<int64_t>> ranks, double fraction,
                          bool all_ties, bool by_row, int64_t n, int64_t cols, bool f64) {
+            if (by_row && fraction >= 0)
+                throw std::invalid_argument("a fraction of the nonzero elements is over a tensor");
             return new OrderSweep(
                 OrderRequest{n_keys, variance, std::move(ranks), fraction, all_ties, by_row, n, cols, f64});
         }))

@@ -73,13 +73,13 @@ inline void apply_cut(double value, int64_t last_tie, bool above, int64_t first,
             for (int j = 0; j < BLOCK; ++j) keep[j] = 0;
         return;
     }
-    const K cut = key_of(Real(value));
+    const K cut = order_key(Real(value));
     // Ties at or before position `quota` of this block count as above.
     const int64_t ahead = last_tie - first;
     const int quota = ahead >= BLOCK ? BLOCK : ahead < 0 ? -1 : int(ahead);
     const K flip = above ? K(0) : ~K(0);
     for (int j = 0; j < BLOCK; ++j) {
-        const K key = key_of(d[j]);
+        const K key = order_key(d[j]);
         const K greater = K(0) - K(key > cut);
         const K tie = (K(0) - K(key == cut)) & (K(0) - K(j <= quota));
         keep[j] &= (greater | tie) ^ flip;
@@ -170,11 +170,11 @@ inline bool keep_block(const Keep& plan, int64_t cols, int K, int k, int64_t chu
         if (!given) draws16(plan.key[k], first, m, draw);
         for (int j = 0; j < m; ++j) {
             double t = p_rank[j] * 65536.0 + 0.5;
-            t = t < 0 ? 0 : t > 65536.0 ? 65536.0 : t;
+            t = !(t >= 0) ? 0 : t > 65536.0 ? 65536.0 : t;  // NaN draws nothing
             const uint32_t threshold = uint32_t(t);
             if (!given) keep[j] &= Mask<Real>(0) - Mask<Real>(draw[j] < threshold);
             if (given)
-                inv[j] = Real(1.0 / p_rank[j]);
+                inv[j] = p_rank[j] > 0 && p_rank[j] < 1 ? Real(1.0 / p_rank[j]) : Real(1);
             else
                 inv[j] = threshold ? Real(65536.0 / double(threshold)) : Real(0);
         }
@@ -253,8 +253,8 @@ inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, c
         c.plus_weight[j] += plus ? weight : Real(0);
         c.minus_weight[j] += minus ? weight : Real(0);
         if (take_max) {
-            c.plus_value[j] = plus && absolute(x) > absolute(c.plus_value[j]) ? x : c.plus_value[j];
-            c.minus_value[j] = minus && absolute(x) > absolute(c.minus_value[j]) ? x : c.minus_value[j];
+            c.plus_value[j] = plus && order_key(x) > order_key(c.plus_value[j]) ? x : c.plus_value[j];
+            c.minus_value[j] = minus && order_key(x) > order_key(c.minus_value[j]) ? x : c.minus_value[j];
         } else {
             c.plus_value[j] += plus ? x : Real(0);
             c.minus_value[j] += minus ? x : Real(0);
@@ -262,20 +262,20 @@ inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, c
     }
 }
 
-/// The elected camp's value and weight; merged = value / weight.
+/// The elected camp's value over its divisor: a constant, the camp's weight, or none.
 template <class Real>
-inline void elect_block(Vote by, OnZero on_zero, bool divide, Real floor, const Camps<Real>& c,
-                        Real* merged) {
+inline void elect_block(Vote by, OnZero on_zero, Divide divide, Real divisor, Real floor,
+                        const Camps<Real>& c, Real* merged) {
     for (int j = 0; j < BLOCK; ++j) {
         const Real total = by == Vote::NormFrac ? c.best_vote[j] : c.plus_votes[j] + c.minus_votes[j];
         const bool zero = total == 0;
         const bool plus = zero ? on_zero == OnZero::Plus : total > 0;
         const bool nothing = zero && on_zero == OnZero::Nothing;
         const Real value = plus ? c.plus_value[j] : c.minus_value[j];
-        Real weight = plus ? c.plus_weight[j] : c.minus_weight[j];
-        weight = floor > 0 ? (weight < floor ? floor : weight) : (weight == 0 ? Real(1) : weight);
-        const Real quotient = divide ? value / weight : value;
-        merged[j] = nothing ? Real(0) : quotient;
+        const Real sum = plus ? c.plus_weight[j] : c.minus_weight[j];
+        const Real weight = floor > 0 ? (sum < floor ? floor : sum) : (sum == 0 ? Real(1) : sum);
+        const Real quotient = value / (divide == Divide::Weight ? weight : divisor);
+        merged[j] = nothing ? Real(0) : divide == Divide::None ? value : quotient;
     }
 }
 

@@ -117,9 +117,13 @@ template <class Real>
 FM_HD inline Key<Real> key_of(Real x) {
     return bit_cast<Key<Real>>(x) & KeyOf<Real>::mask;
 }
+
+/// The key that order statistics, cuts and maxima compare: all NaNs are equal and largest. Payloads must not
+/// decide an order: hardware conversions differ in them.
 template <class Real>
-FM_HD inline Real magnitude_of(Key<Real> k) {
-    return bit_cast<Real>(k);
+FM_HD inline Key<Real> order_key(Real x) {
+    const Key<Real> k = key_of(x), nan = KeyOf<Real>::inf + 1;
+    return k < nan ? k : nan;
 }
 
 // ---- loads and stores of a run of elements ---------------------------------------------------------

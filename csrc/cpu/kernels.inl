@@ -101,6 +101,11 @@ bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, in
         const int m = block_length(in, i, b, split);
         Real base[BLOCK], merged[BLOCK];
         if (in.base) bad |= load_block<Real>(in.base, in.base_type, i, m, base);
+        if (in.n_experts == 0) {  // nothing to merge: the base itself
+            store_run(base, out, out_type, i, m);
+            i += m;
+            continue;
+        }
         Camps<Real> camps;
         if (plan.vote != Vote::None) camps.clear();
         bad |= visit_experts<Real>(
@@ -120,14 +125,14 @@ bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, in
                     for (int j = 0; j < BLOCK; ++j) merged[j] = value[j];
                 } else if (plan.take_max) {
                     for (int j = 0; j < BLOCK; ++j)
-                        merged[j] = absolute(value[j]) > absolute(merged[j]) ? value[j] : merged[j];
+                        merged[j] = order_key(value[j]) > order_key(merged[j]) ? value[j] : merged[j];
                 } else {
                     for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] + value[j];
                 }
             });
         if (plan.vote != Vote::None)
-            elect_block(plan.vote, plan.on_zero, plan.divide == Divide::Weight, floor, camps, merged);
-        if (plan.divide == Divide::Constant)
+            elect_block(plan.vote, plan.on_zero, plan.divide, divisor, floor, camps, merged);
+        else if (plan.divide == Divide::Constant)
             for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] / divisor;
         if (plan.lambda != 1.0)
             for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] * lambda;
@@ -174,8 +179,8 @@ void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int
                                     sum[AbsKept * BLOCK + j] += ay;
                                     sum[SquareRaw * BLOCK + j] += x * x;
                                     sum[SquareKept * BLOCK + j] += y * y;
-                                    high = ax > high ? ax : high;
-                                    high_kept = ay > high_kept ? ay : high_kept;
+                                    high = ax > high || ax != ax ? ax : high;  // NaN is largest and stays
+                                    high_kept = ay > high_kept || ay != ay ? ay : high_kept;
                                 }
                                 maxima[2 * k] = high, maxima[2 * k + 1] = high_kept;
                             });
@@ -264,7 +269,7 @@ inline void visit_keys(const Operands& in, int k, int64_t a, int64_t b, F&& f) {
             variance_block(in, i, m, base, d);
         else
             load_delta(in, k, i, m, base, d);
-        for (int j = 0; j < BLOCK; ++j) keys[j] = key_of(d[j]);
+        for (int j = 0; j < BLOCK; ++j) keys[j] = order_key(d[j]);
         f(i, m, keys);
     }
 }

@@ -61,7 +61,7 @@ std::vector<double> CounterTree::total() const {
     return acc;
 }
 
-RankData::RankData(const Keep& keep, const Operands& in, bool f64) {
+RankData::RankData(const Keep& keep, const Operands& in, bool f64, bool undrawn) {
     if (keep.drop != DropKind::Ranked || in.n == 0) return;
     const int64_t unit = keep.drop_axis == Axis::Row ? in.cols : in.n;
     const int64_t units = in.n / unit, tasks = units * in.n_experts;
@@ -89,7 +89,8 @@ RankData::RankData(const Keep& keep, const Operands& in, bool f64) {
     parallel(tasks, [&](int64_t t) {
         const int k = int(t / units);
         const int64_t a = (t % units) * unit;
-        if (keep.p_low[k] >= 1.0 || !(keep.p_high[k] > 0.0)) return;  // no draw, no rank
+        const bool drawn = keep.p_low[k] < 1.0 && keep.p_high[k] > 0.0;
+        if (!drawn && !undrawn) return;  // no draw, no rank
         kernels().rank_unit(in, k, f64, a, unit, rank_.data() + size_t(k) * in.n + a);
     });
     view.rank = rank_.data();
@@ -111,7 +112,7 @@ void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out)
 }
 
 void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double* p) {
-    const RankData ranks(keep, in, f64);
+    const RankData ranks(keep, in, f64, true);
     const int64_t units = in.n / ranks.view.unit;
     std::vector<uint64_t> keys(in.n);
     for (int k = 0; k < in.n_experts; ++k) {
@@ -124,7 +125,7 @@ void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double
                 const double d = f64 ? generic::bit_cast<double>(keys[i])
                                      : double(generic::bit_cast<float>(uint32_t(keys[i])));
                 q = (d - lo) / (width + 1e-7);
-            } else if (ranks.view.unit > 1 && keep.p_low[k] < 1.0 && keep.p_high[k] > 0.0) {
+            } else if (ranks.view.unit > 1) {
                 q = double(ranks.view.rank[size_t(k) * in.n + i]) / double(ranks.view.unit - 1);
             }
             const double rise = (keep.p_high[k] - keep.p_low[k]) * q;
@@ -388,8 +389,10 @@ void MomentSweep::feed(const Keep& keep, const Operands& in) {
         });
         for (int64_t s = 0; s < count; ++s) {
             tree_.push(sums.data() + s * width());
-            for (size_t j = 0; j < maxima_.size(); ++j)
-                maxima_[j] = std::max(maxima_[j], maxima[s * maxima_.size() + j]);
+            for (size_t j = 0; j < maxima_.size(); ++j) {
+                const double x = maxima[s * maxima_.size() + j];
+                if (x > maxima_[j] || x != x) maxima_[j] = x;
+            }
         }
     };
     over_segments(

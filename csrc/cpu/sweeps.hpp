@@ -25,7 +25,8 @@ class CounterTree {
 /// Ranks or extremes of |delta| for a ranked drop over one chunk; empty for other plans.
 class RankData {
   public:
-    RankData(const Keep& keep, const Operands& in, bool f64);
+    /// undrawn: rank also experts that keep everything or nothing.
+    RankData(const Keep& keep, const Operands& in, bool f64, bool undrawn = false);
     Ranks view;
 
   private:

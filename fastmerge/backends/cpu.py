@@ -48,8 +48,8 @@ _ON_ZERO = {"plus": 0, "minus": 1, "none": 2}
 _DIVIDE = {"none": 0, "constant": 1, "weight": 2}
 
 
-def _operands(chunk: Chunk) -> _cpu.Operands:
-    base = chunk.base
+def _operands(chunk: Chunk, with_base: bool = True) -> _cpu.Operands:
+    base = chunk.base if with_base else None
     return _cpu.Operands(
         base.address if base else 0,
         base.dtype.code if base else 1,
@@ -173,12 +173,12 @@ class _Moments:
 
 class _Gram:
     def __init__(self, request: Gram, n: int, cols: int, k: int, compute: DType) -> None:
-        self._k = k
+        self._k, self._delta = k, request.delta
         self._sweep = _cpu.GramSweep(k, int(request.axis), n, cols, compute is DType.F64)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if chunk.n:
-            self._sweep.feed(_operands(chunk))
+            self._sweep.feed(_operands(chunk, self._delta))
 
     def next_pass(self) -> bool:
         return False
@@ -235,7 +235,11 @@ class CpuKernels:
         if self._lowered is None or self._lowered[0] is not walk:
             self._lowered = (walk, *_lower(walk))
         return _cpu.walk(
-            self._lowered[1], _operands(chunk), _is_f64(chunk), out.address, out.dtype.code
+            self._lowered[1],
+            _operands(chunk, walk.add_base),
+            _is_f64(chunk),
+            out.address,
+            out.dtype.code,
         )
 
     def keep_mask(self, keep: Keep, chunk: Chunk) -> NDArray[np.uint8]:

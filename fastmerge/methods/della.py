@@ -41,6 +41,7 @@ def _params(normalize: bool) -> tuple[Param, ...]:
             0.15,
             "half the range of probabilities: density - epsilon for the smallest change",
             scope="expert",
+            low=0.0,
         ),
         RESCALE_MODE,
         Param(
@@ -55,6 +56,7 @@ def _params(normalize: bool) -> tuple[Param, ...]:
             None,
             "the whole range of probabilities (the authors' window_size); in place of epsilon",
             scope="expert",
+            low=0.0,
         ),
     )
 

@@ -64,14 +64,15 @@ def norm_factors(
     density: Sequence[float],
     norm: str = "l1",
     scope: Literal["tensor", "model"] = "tensor",
+    always: bool = False,
 ) -> Generator[Statistic, Any, F64]:
     """Return [K] float64: norm(delta) / norm(kept delta); 1 for whole experts and tiny norms.
 
-    `factors = yield from norm_factors(...)`. Model scope always asks, so that the recipes of all
-    tensors stay in step.
+    `factors = yield from norm_factors(...)`. `always` asks even where every expert is whole: recipes
+    of a merge of model scope must ask alike for all tensors.
     """
     whole = np.asarray(density, np.float64) >= 1
-    if bool(whole.all()) and scope == "tensor":
+    if bool(whole.all()) and not always:
         return np.ones(len(density))
     sums: MomentResult = yield Moments(keep, scope)
     before, after = {

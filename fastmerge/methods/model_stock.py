@@ -69,7 +69,7 @@ def model_stock_oracle(
     import torch
 
     n_experts = len(experts)
-    if n_experts < 2:
+    if n_experts < 2 or base.numel() == 0:
         return base
     shape = (-1, base.shape[-1]) if params.filter_wise and base.dim() else (1, -1)
     origin = base.reshape(shape)

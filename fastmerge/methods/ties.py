@@ -109,7 +109,9 @@ def ties(params: Params, context: TensorContext) -> Recipe:
     keep = Keep(trim=(yield from _trim(params, context)))
     factor: F64 = np.ones(n_experts)
     if params.rescale:
-        factor = yield from norm_factors(keep, params.density, "l1", params.scope)
+        factor = yield from norm_factors(
+            keep, params.density, "l1", params.scope, always=_scope(params) is Scope.MODEL
+        )
     coefficient = per_expert(np.asarray(params.weight, np.float64) * factor)
     elect = yield from _election(params, keep, coefficient)
     return Walk(coefficient, keep=keep, elect=elect, combine=_combine(params, n_experts))
@@ -117,7 +119,8 @@ def ties(params: Params, context: TensorContext) -> Recipe:
 
 def _trim(params: Params, context: TensorContext) -> Generator[Statistic, Any, Trim | None]:
     over_model = params.scope == "model"
-    if not over_model and all(density >= 1 for density in params.density):
+    # Recipes of a merge of model scope must ask alike for all tensors.
+    if _scope(params) is Scope.TENSOR and all(density >= 1 for density in params.density):
         return None
     n = context.n_model if over_model else context.n
     ranks = [[_kept_count(density, n, params.count_rule)] for density in params.density]
