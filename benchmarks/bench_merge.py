@@ -106,17 +106,28 @@ def recipe(method: str, n_experts: int) -> str:
     return "\n".join([*lines, "dtype: bfloat16", ""])
 
 
+#: Runs a command and prints its seconds and peak memory. A small process of its own: the kernel counts
+#: what a child shares with its parent at the fork into the child's peak, and this one holds torch.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+errors = child.stderr.read()
+_, status, usage = os.wait4(child.pid, 0)
+seconds = time.perf_counter() - start
+if status:
+    sys.exit(errors.decode()[-2000:])
+print(json.dumps({"seconds": seconds, "peak_mb": usage.ru_maxrss * 1024 / 1e6}))
+"""
+
+
 def timed(command: list[str], work: Path) -> dict[str, float]:
-    start = time.perf_counter()
-    child = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert child.stderr is not None
-    errors = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
-    return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1000}
+    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(launcher, cwd=work, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
 def median(runs: list[dict[str, float]]) -> dict[str, float]:
