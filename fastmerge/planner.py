@@ -31,8 +31,8 @@ MIB = 1 << 20
 ITEM_BYTES = 16 * MIB
 ITEM_TENSORS = 256
 
-#: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 66 to 75 MiB).
-PROCESS_BYTES = 80 * MIB
+#: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 50 MiB).
+PROCESS_BYTES = 56 * MIB
 
 #: Names under which an output head may be tied to an embedding, nearest first.
 HEAD = "lm_head.weight"
