@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -16,3 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder of golden vectors for test_vectors.py, sub-folders included",
     )
+
+
+# Most tensors here are small: torch's thread team costs more than it gives, above all beside other work.
+torch.set_num_threads(1)
