@@ -271,6 +271,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Arena>(m, "Arena").def(py::init<int64_t>()).def_property_readonly("address", &Arena::address);
     m.def("checksum", [](const py::buffer& data, int word, int64_t start) {
         const py::buffer_info info = data.request();
+        if (word != 1 && word != 2 && word != 4 && word != 8)
+            throw std::invalid_argument("checksum: words have 1, 2, 4 or 8 bytes");
         nogil release;
         return checksum(info.ptr, int64_t(info.size * info.itemsize), word, start);
     });
