@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
 
 
 shared = ["csrc/bindings/cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/sweeps.cpp",
-          "csrc/io/transfer.cpp"]  # fmt: skip
+          "csrc/io/checksum.cpp", "csrc/io/transfer.cpp"]  # fmt: skip
 cpu = Pybind11Extension(
     "fastmerge._cpu",
     sources=shared + [f"csrc/cpu/isa_{isa}.cpp" for isa in ISAS],

@@ -22,6 +22,7 @@ from fastmerge.evaluate import (
     run_walk,
 )
 from fastmerge.planner import HEAD, Plan, make_plan
+from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
@@ -71,6 +72,7 @@ def merge(
     *,
     backend: str | None = None,
     force: bool = False,
+    resume: bool = False,
     out_shard_size: int | str = "5B",
     max_memory: int | str | None = None,
     allow_missing: bool = False,
@@ -87,12 +89,14 @@ def merge(
     """Merge the models of a recipe into the folder `out`.
 
     Weights go to temporary names, are flushed and renamed when all are done, the index last: `out` never
-    holds a half-written file under a final name.
+    holds a half-written file under a final name. What is written is noted in a journal, so that a merge that
+    was killed can be finished.
 
     Args:
         recipe, out_shard_size, max_memory, allow_missing, strict: see `plan`.
         backend: force one backend; default: the best that can run.
-        force: replace the model in a non-empty `out`.
+        force: replace the model in a non-empty `out`; a killed merge there is started again.
+        resume: finish the killed merge in `out`, of the same recipe, inputs and options; without one, start.
         seed: of the random drops; a draw depends on (seed, tensor, expert, element) alone.
         nan_policy: error refuses NaN and infinity in inputs, propagate carries them through.
         threads: of the kernels; 0 takes what the process may use.
@@ -121,7 +125,11 @@ def merge(
         on_plan(decided)
     assert decided.layout is not None
     inputs = [c.path for c in decided.checkpoints]
-    with OutputFolder(Path(out), decided.layout, force=force, inputs=inputs) as folder:
+    bound = binding(decided, nan_policy, parse_size(str(out_shard_size)))
+    output = OutputFolder(
+        Path(out), decided.layout, force=force, inputs=inputs, binding=bound, resume=resume
+    )
+    with output as folder:
         engine = Engine(
             decided,
             kernels,
@@ -132,7 +140,9 @@ def merge(
             progress=progress,
         )
         report = engine.run()
+        report.resumed = folder.resumed
         texts, copies = _companions(decided, folder, Path(out), copy_tokenizer, write_model_card)
+        texts[MANIFEST] = manifest(decided, bound, folder)
         folder.commit(texts, copies)
     report.warnings = decided.warnings + report.warnings
     return report

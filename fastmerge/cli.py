@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -30,7 +31,7 @@ class _OneLine(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted; nothing was written under a final name", err=True)
+            click.echo("interrupted", err=True)
             ctx.exit(130)
 
 
@@ -79,6 +80,7 @@ def _accept_no_ops(function: F) -> F:
 @click.option("--backend", metavar="NAME", help="Force a backend; see `fastmerge backends`.")
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="Where to compute.")
 @click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
+@click.option("--resume", is_flag=True, help="Finish the killed merge in OUT.")
 @click.option("--nan-policy", type=click.Choice(["error", "propagate"]), default="error",
               show_default=True, help="What to do with NaN or infinity in an input.")  # fmt: skip
 @click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Copy tokenizer files.")
@@ -112,14 +114,34 @@ def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> No
 
     try:
         report = api.merge(config, out, progress=progress, on_plan=on_plan, **options)
+    except KeyboardInterrupt:
+        click.echo(_interrupted(out), err=True)
+        sys.exit(130)
     finally:
         if bar is not None:
             bar.close()
     if not quiet:
+        if options["resume"]:
+            click.echo(_resumed(report), err=True)
         for warning in report.warnings:
             if warning.endswith("is taken"):
                 click.echo(f"warning: {warning}", err=True)
         click.echo(_summary(report, out), err=True)
+
+
+@main.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False))
+@click.option("--sample", default=8, show_default=True, metavar="N",
+              help="Tensors to merge again with the reference backend.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
+def verify(out: str, sample: int, seed: int) -> None:
+    """Check the merged model in OUT against its manifest and its inputs; exit 2 if it is not whole."""
+    from fastmerge.verify import verify as check
+
+    result = check(out, sample=sample, seed=seed)
+    click.echo(result.table())
+    if not result.ok:
+        sys.exit(2)
 
 
 @main.command("plan")
@@ -231,6 +253,20 @@ def _summary(report: Report, out: str) -> str:
         f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
         f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
     )
+
+
+def _interrupted(out: str) -> str:
+    from fastmerge.checkpoint import JOURNAL
+
+    if (Path(out) / JOURNAL).exists():
+        return f"interrupted; finish {out} with --resume, or start again with --force"
+    return "interrupted; nothing was left behind"
+
+
+def _resumed(report: Report) -> str:
+    if not report.resumed:
+        return "note: there was no killed merge to resume; merged from the start"
+    return f"resumed: {_size(report.bytes_kept)} were there already"
 
 
 def _plan_text(plan: Plan) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastmerge.backends import Buffer, Chunk, Kernels
-from fastmerge.checkpoint import OutputFolder
+from fastmerge.checkpoint import Journal, word_bytes
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
@@ -50,11 +51,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Report:
-    """What a finished merge did. seconds is wall time of the engine; warnings are for the user."""
+    """What a finished merge did. seconds is wall time of the engine; warnings are for the user.
+
+    bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
+    """
 
     n_tensors: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_kept: int = 0
+    resumed: bool = False
     seconds: float = 0.0
     backend: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -69,26 +75,37 @@ class _Place:
     result: int
 
 
+class Output(Protocol):
+    """Where results go: a descriptor per shard and, where kept, the journal of what is written."""
+
+    journal: Journal | None
+
+    def fd(self, shard: int) -> int: ...
+
+
 class Engine:
-    """One run of one plan."""
+    """One run of one plan. only: names of the tensors to merge; default: those that no journal proves."""
 
     def __init__(
         self,
         plan: Plan,
         kernels: Kernels,
-        out: OutputFolder,
+        out: Output,
         *,
+        only: Collection[str] | None = None,
         nan_policy: str = "error",
         strict: bool = False,
         chunk_elements: int = CHUNK_ELEMENTS,
         progress: Progress | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
+        self.only = only
         self.nan_policy, self.strict = nan_policy, strict
         self.chunk_elements = chunk_elements
         self.progress = progress
         self.report = Report(backend=kernels.name)
         self.walks: dict[str, Walk | Copy] = {}
+        self._passed = 0  # bytes that need no reading
         self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
@@ -96,11 +113,14 @@ class Engine:
         start = time.perf_counter()
         jobs = self.plan.jobs
         with Ring(self.plan.ring_bytes) as ring:
-            self._resolve_model(ring, [j for j in jobs if self._scope(j) is Scope.MODEL])
-            for places, region in self._sweep(ring, work_items(self.plan, jobs)):
+            over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
+            if any(self._left(j) for j in over_model):
+                self._resolve_model(ring, over_model)
+            items = self._skipping(work_items(self.plan, jobs))
+            for places, region in self._sweep(ring, items):
                 self._merge_item(ring, region, places)
             for job in jobs:
-                if job.name in self.plan.streamed:
+                if job.name in self.plan.streamed and self._left(job):
                     self._merge_streamed(ring, job)
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
@@ -111,6 +131,30 @@ class Engine:
     @staticmethod
     def _scope(job: TensorJob) -> Scope | None:
         return job.scope if job.action is Action.MERGE else None
+
+    # ---- what is left to do ------------------------------------------------------------------------
+
+    def _left(self, job: TensorJob) -> bool:
+        return not self._is_done(Piece(job, 0, job.n))
+
+    def _is_done(self, piece: Piece) -> bool:
+        job = piece.job
+        if self.only is not None:
+            return job.name not in self.only
+        # Copies of integers are made again: comparing them may have something to say.
+        if self.out.journal is None or job.action is Action.COPY_EQUAL or not piece.n:
+            return False
+        start = piece.start * job.out_dtype.itemsize
+        return self.out.journal.covers(job.name, start, piece.bytes_out)
+
+    def _skipping(self, items: Iterator[WorkItem]) -> Iterator[WorkItem]:
+        for item in items:
+            pieces = tuple(p for p in item.pieces if not self._is_done(p))
+            skipped = [p for p in item.pieces if self._is_done(p)]
+            self.report.bytes_kept += sum(p.bytes_out for p in skipped)
+            self._passed += sum(p.bytes_in for p in skipped)
+            if pieces:
+                yield WorkItem(pieces)
 
     # ---- reading -----------------------------------------------------------------------------------
 
@@ -124,7 +168,7 @@ class Engine:
             self.report.bytes_read += read
             if self.progress:
                 name = places[-1].piece.job.name
-                self.progress(name, self.report.bytes_read, self.plan.bytes_read)
+                self.progress(name, self.report.bytes_read + self._passed, self.plan.bytes_read)
 
     def _load(
         self, ring: Ring, item: WorkItem, with_result: bool
@@ -162,15 +206,27 @@ class Engine:
 
     def _merge_item(self, ring: Ring, region: Region, places: Sequence[_Place]) -> None:
         writes: list[Segment] = []
+        words: list[tuple[int, int]] = []
         for place in places:
             job, piece = place.piece.job, place.piece
             result = self._merge_piece(place, region)
             shard, info = self.places[job.name]
-            offset = info.offset + piece.start * job.out_dtype.itemsize
+            start = piece.start * job.out_dtype.itemsize
             n_bytes = piece.bytes_out
-            writes.append((self.out.fd(shard), offset, n_bytes, result))
+            writes.append((self.out.fd(shard), info.offset + start, n_bytes, result))
+            words.append((word_bytes(job.shape, job.out_dtype.itemsize), start))
             self.report.bytes_written += n_bytes
-        ring.write(region, writes)
+        journal = self.out.journal
+        if journal is None:
+            ring.write(region, writes)
+            return
+        names = [place.piece.job.name for place in places]
+
+        def written(sums: list[int]) -> None:
+            parts = zip(names, words, writes, sums, strict=True)
+            journal.add([(name, word[1], write[2], s) for name, word, write, s in parts])
+
+        ring.write(region, writes, words, written)
 
     def _merge_piece(self, place: _Place, region: Region) -> int:
         """Merge one piece in memory and return the address of its result."""
@@ -269,7 +325,7 @@ class Engine:
                 self.walks[job.name] = stop.value
                 break
             answer = self._stream_statistic(ring, job, request)
-        items = (WorkItem((p,)) for p in split(job))
+        items = self._skipping(WorkItem((p,)) for p in split(job))
         for places, region in self._sweep(ring, items):
             self._merge_item(ring, region, places)
 
@@ -290,7 +346,7 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-def head_differs(plan: Plan, out: OutputFolder) -> bool:
+def head_differs(plan: Plan, out: Output) -> bool:
     """Return whether the written output head differs from the written embedding it may be tied to."""
     places = plan.layout.places() if plan.layout else {}
     embedding = next((e for e in EMBEDDINGS if e in places), None)

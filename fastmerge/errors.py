@@ -17,6 +17,10 @@ class CheckpointError(MergeError):
     """A model folder or file is wrong: names the file and what is wrong in it."""
 
 
+class ReadError(CheckpointError):
+    """An input could not be read for a reason outside it, such as a device error: another try may do."""
+
+
 class ConflictError(MergeError):
     """The inputs do not fit together: names both tensors and both models."""
 

@@ -156,6 +156,7 @@ class Plan:
     ring_bytes: int = 0
     scratch_bytes: int = 0
     n_model: int = 0
+    allow_missing: bool = False
     streamed: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -256,6 +257,7 @@ def make_plan(
         seed,
         max_memory or default_memory(),
         n_model=sum(j.n for j in jobs if j.action is Action.MERGE),
+        allow_missing=allow_missing,
     )
     _fit_memory(plan)
     return plan

@@ -7,21 +7,25 @@ last ones; when the ring is full, reading waits for writing. Nothing else holds 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from fastmerge import _cpu
-from fastmerge.errors import CheckpointError
+from fastmerge.errors import CheckpointError, ReadError
 
 T = TypeVar("T")
 
 #: (file descriptor, offset in the file, bytes, address)
 Segment = tuple[int, int, int, int]
+
+#: Called with the checksum of each segment when all of a region's segments are written.
+Written = Callable[[list[int]], None]
 
 #: Reads that wait in memory at most, beside the one in work: more only spends memory.
 READ_AHEAD = 4
@@ -38,7 +42,7 @@ class Region:
     offset: int
     reading: int = 0
     writing: int | None = None
-    names: dict[int, str] = field(default_factory=dict)
+    written: Written | None = None
     consumed: bool = False
 
 
@@ -101,14 +105,24 @@ class Ring:
                 waiting.append((item, region))
                 following = next(upcoming, None)
             item, region = waiting.popleft()
-            self._check(self._reads.wait(region.reading), "reading")
+            self._check(self._reads.wait(region.reading)[0], "reading")
             yield item, region
             region.consumed = True
         self.drain()
 
-    def write(self, region: Region, segments: Sequence[Segment]) -> None:
-        """Queue a region's result; segments hold absolute addresses inside it."""
-        region.writing = self._writes.submit(segments)
+    def write(
+        self,
+        region: Region,
+        segments: Sequence[Segment],
+        words: Sequence[tuple[int, int]] = (),
+        written: Written | None = None,
+    ) -> None:
+        """Queue a region's result; segments hold absolute addresses inside it.
+
+        words: per segment the bytes of its checksum's words, and its first byte in its tensor.
+        """
+        region.writing = self._writes.submit(segments, words)
+        region.written = written
 
     def drain(self) -> None:
         """Wait until everything queued is written."""
@@ -150,7 +164,10 @@ class Ring:
 
     def _release(self, region: Region) -> None:
         if region.writing is not None:
-            self._check(self._writes.wait(region.writing), "writing")
+            error, sums = self._writes.wait(region.writing)
+            self._check(error, "writing")
+            if region.written:
+                region.written(sums)
         self._regions.popleft()
 
     def _check(self, error: tuple[int, int, int] | None, doing: str) -> None:
@@ -163,4 +180,8 @@ class Ring:
             raise CheckpointError(
                 f"{name}: ends at byte {offset}, before its tensors do; it was truncated while being read"
             )
-        raise CheckpointError(f"{name}: {doing} at byte {offset} failed: {os.strerror(code)}")
+        if doing == "reading":
+            raise ReadError(f"{name}: reading at byte {offset} failed: {os.strerror(code)}")
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(code, os.strerror(code))  # the output folder says how much is missing
+        raise CheckpointError(f"{name}: writing at byte {offset} failed: {os.strerror(code)}")

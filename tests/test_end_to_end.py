@@ -183,7 +183,7 @@ def test_merge_command_writes_a_whole_model(tmp_path: Path) -> None:
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
         "model.safetensors", "config.json", "README.md", "mergekit_config.yml", "tokenizer.json",
-        "generation_config.json",
+        "generation_config.json", "fastmerge_manifest.json",
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16"

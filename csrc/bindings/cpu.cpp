@@ -11,6 +11,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/sweeps.hpp"
+#include "io/checksum.hpp"
 #include "io/transfer.hpp"
 
 namespace py = pybind11;
@@ -268,24 +269,39 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("set_isa", &set_isa);
 
     py::class_<Arena>(m, "Arena").def(py::init<int64_t>()).def_property_readonly("address", &Arena::address);
+    m.def("checksum", [](const py::buffer& data, int word, int64_t start) {
+        const py::buffer_info info = data.request();
+        if (word != 1 && word != 2 && word != 4 && word != 8)
+            throw std::invalid_argument("checksum: words have 1, 2, 4 or 8 bytes");
+        nogil release;
+        return checksum(info.ptr, int64_t(info.size * info.itemsize), word, start);
+    });
     py::class_<Transfers>(m, "Transfers")
         .def(py::init<bool, int>())
-        .def("submit",
-             [](Transfers& t, const std::vector<std::tuple<int, int64_t, int64_t, uintptr_t>>& list) {
-                 std::vector<Segment> segments;
-                 for (const auto& s : list)
-                     segments.push_back({std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)});
-                 return t.submit(segments);
-             })
+        .def(
+            "submit",
+            [](Transfers& t, const std::vector<std::tuple<int, int64_t, int64_t, uintptr_t>>& list,
+               const std::vector<std::pair<int, int64_t>>& words) {
+                if (!words.empty() && words.size() != list.size())
+                    throw std::invalid_argument("transfers: one (word, start) per segment");
+                std::vector<Segment> segments;
+                for (const auto& s : list)
+                    segments.push_back({std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)});
+                for (size_t i = 0; i < words.size(); ++i)
+                    segments[i].word = words[i].first, segments[i].start = words[i].second;
+                return t.submit(segments);
+            },
+            py::arg("segments"), py::arg("words") = std::vector<std::pair<int, int64_t>>{})
         .def("wait",
-             [](Transfers& t, int64_t ticket) -> py::object {
+             [](Transfers& t, int64_t ticket) {
                  TransferError e;
+                 std::vector<uint64_t> sums;
                  {
                      nogil release;
-                     e = t.wait(ticket);
+                     e = t.wait(ticket, sums);
                  }
-                 if (!e.failed) return py::none();
-                 return py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
+                 const auto error = py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
+                 return py::make_tuple(e.failed ? py::object(error) : py::none(), sums);
              })
         .def("close", &Transfers::close, py::call_guard<nogil>());
 }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "io/checksum.hpp"
+
 namespace fastmerge {
 namespace {
 constexpr int64_t PIECE =
@@ -23,22 +25,26 @@ int64_t Transfers::submit(const std::vector<Segment>& segments) {
     std::lock_guard<std::mutex> lock(mutex_);
     const int64_t ticket = next_++;
     Job& job = jobs_[ticket];
-    for (const Segment& s : segments)
-        for (int64_t done = 0; done < s.n_bytes; done += PIECE) {
-            const int64_t n = std::min(PIECE, s.n_bytes - done);
-            queue_.push_back({ticket, {s.fd, s.offset + done, n, s.address + uintptr_t(done)}});
+    job.sums.assign(segments.size(), 0);
+    for (size_t i = 0; i < segments.size(); ++i)
+        for (int64_t done = 0; done < segments[i].n_bytes; done += PIECE) {
+            Segment s = segments[i];
+            s.n_bytes = std::min(PIECE, s.n_bytes - done);
+            s.offset += done, s.address += uintptr_t(done), s.start += done, s.index = int(i);
+            queue_.push_back({ticket, s});
             ++job.left;
         }
     ready_.notify_all();
     return ticket;
 }
 
-TransferError Transfers::wait(int64_t ticket) {
+TransferError Transfers::wait(int64_t ticket, std::vector<uint64_t>& sums) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto job = jobs_.find(ticket);
     if (job == jobs_.end()) return {};
     done_.wait(lock, [&] { return job->second.left == 0; });
     const TransferError error = job->second.error;
+    sums = std::move(job->second.sums);
     jobs_.erase(job);
     return error;
 }
@@ -66,9 +72,13 @@ void Transfers::serve() {
             piece = queue_.front();
             queue_.pop_front();
         }
-        const TransferError error = move(piece.second);
+        const Segment& s = piece.second;
+        const TransferError error = move(s);
+        const uint64_t sum =
+            s.word ? checksum(reinterpret_cast<const void*>(s.address), s.n_bytes, s.word, s.start) : 0;
         std::lock_guard<std::mutex> lock(mutex_);
         Job& job = jobs_[piece.first];
+        job.sums[size_t(s.index)] += sum;
         if (error.failed && !job.error.failed) job.error = error;
         if (--job.left == 0) done_.notify_all();
     }

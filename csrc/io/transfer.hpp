@@ -16,6 +16,9 @@ struct Segment {
     int64_t offset;  // in the file, bytes
     int64_t n_bytes;
     uintptr_t address;
+    int word = 0;       // writes: 1, 2, 4 or 8 asks for the checksum in words of so many bytes
+    int64_t start = 0;  // of the segment in its tensor, bytes
+    int index = 0;      // in its job
 };
 
 /// What went wrong: code 0 is a short read (the file ended early), else an errno.
@@ -34,8 +37,9 @@ class Transfers {
 
     /// Queue a job; returns its ticket. Segments' memory must stay valid until `wait` returns.
     int64_t submit(const std::vector<Segment>& segments);
-    /// Block until the job is done; returns its first error, if any.
-    TransferError wait(int64_t ticket);
+    /// Block until the job is done; returns its first error, if any. sums: checksum of each segment, taken
+    /// from memory by the thread that has just written it.
+    TransferError wait(int64_t ticket, std::vector<uint64_t>& sums);
     /// Drop what has not started and wait for what has.
     void close();
 
@@ -43,6 +47,7 @@ class Transfers {
     struct Job {
         int64_t left = 0;
         TransferError error;
+        std::vector<uint64_t> sums;
     };
     void serve();
     TransferError move(const Segment& s) const;

@@ -1,9 +1,11 @@
 """Model folders: headers checked, output laid out before work, a crash while writing harmless."""
 
+from fastmerge.checkpoint.checksum import digest, file_checksum, word_bytes
 from fastmerge.checkpoint.companions import companion_files, merged_config
 from fastmerge.checkpoint.files import FileIdentity, identity
 from fastmerge.checkpoint.folder import Checkpoint, open_checkpoint
-from fastmerge.checkpoint.header import Header, TensorInfo, read_header
+from fastmerge.checkpoint.header import Header, TensorInfo, header_digest, read_header
+from fastmerge.checkpoint.journal import JOURNAL, Binding, Journal
 from fastmerge.checkpoint.layout import (
     Layout,
     OutputTensor,
@@ -14,19 +16,26 @@ from fastmerge.checkpoint.layout import (
 from fastmerge.checkpoint.writer import OutputFolder
 
 __all__ = [
+    "JOURNAL",
+    "Binding",
     "Checkpoint",
     "FileIdentity",
     "Header",
+    "Journal",
     "Layout",
     "OutputFolder",
     "OutputTensor",
     "ShardLayout",
     "TensorInfo",
     "companion_files",
+    "digest",
+    "file_checksum",
+    "header_digest",
     "identity",
     "merged_config",
     "open_checkpoint",
     "parse_size",
     "plan_layout",
     "read_header",
+    "word_bytes",
 ]

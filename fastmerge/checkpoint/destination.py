@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastmerge.checkpoint.durable import free_bytes, no_space
+from fastmerge.checkpoint.journal import JOURNAL
 from fastmerge.checkpoint.wording import place, reason, shown
 from fastmerge.errors import CheckpointError
 
-#: A file that is being written, and one of an earlier model while the new one takes its place.
-PARTIAL = ".partial"
-REPLACED = ".replaced"
-
-#: What a killed run leaves of a model's weights: it can be removed without asking.
-_LEFTOVER = re.compile(r"model.*\.safetensors(\.index\.json)?\.partial")
+#: What a killed run leaves of a model's weights, and a journal that says nothing: removed without asking.
+_LEFTOVER = re.compile(r"model.*\.safetensors(\.index\.json)?\.partial|" + re.escape(JOURNAL))
 
 #: An earlier model's weights, which would be loaded along with, or instead of, ours.
 _WEIGHTS = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?")
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the partial weight files that a killed run left in an existing folder."""
+    """Return the partial weight files and the journal that a killed run left in an existing folder."""
     return [folder / n for n in sorted(os.listdir(folder)) if _LEFTOVER.fullmatch(n)]
 
 
@@ -41,8 +38,12 @@ def nearest_folder(path: Path) -> Path:
     return path
 
 
-def check_destination(path: Path, inputs: Sequence[Path], *, force: bool) -> None:
+def check_destination(
+    path: Path, inputs: Sequence[Path], *, force: bool, known: Collection[str] = ()
+) -> None:
     """Refuse an output folder that holds something, unless forced, and any that holds an input.
+
+    known: names that may be there, for a killed merge that is resumed left them.
 
     Raises:
         CheckpointError: names the folder and the remedy.
@@ -62,7 +63,7 @@ def check_destination(path: Path, inputs: Sequence[Path], *, force: bool) -> Non
     if existing != path:
         return
     try:
-        ours = {p.name for p in leftovers(path)}
+        ours = {p.name for p in leftovers(path)}.union(known)
         others = sorted(set(os.listdir(path)) - ours)
     except OSError as error:
         raise CheckpointError(f"output {where} cannot be read: {reason(error)}") from None

@@ -60,6 +60,11 @@ def create(path: Path) -> int:
     return os.open(path, flags, 0o666)
 
 
+def reopen(path: Path) -> int:
+    """Return the read-write descriptor of a file that may be there already; never through a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def reserve(fd: int, path: Path, size: int) -> None:
     """Give an open file `size` bytes on disk where that is cheap, else only that length.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmerge.checkpoint.checksum import digest
 from fastmerge.checkpoint.files import JSON_LIMIT, FileIdentity, opened, parse_json, read_at
 from fastmerge.checkpoint.wording import is_clean, place, shown
 from fastmerge.dtypes import BY_SAFETENSORS, DType
@@ -99,6 +100,14 @@ def read_header(path: Path) -> Header:
     found.sort(key=lambda t: (t.offset, t.n_bytes))  # stable: empty tensors keep the header's order
     _check_cover(found, where, data_start, status.st_size)
     return Header({t.name: t for t in found}, metadata, data_start, FileIdentity.of(path, status))
+
+
+def header_digest(path: Path) -> str:
+    """Return a hash of a safetensors file's header, length included: its tensors' names and places."""
+    with opened(path) as (fd, _):
+        prefix = read_at(fd, path, 0, 8)
+        length = min(int.from_bytes(prefix, "little"), JSON_LIMIT)
+        return digest(prefix + read_at(fd, path, 8, length))
 
 
 def check_name(name: str, where: str) -> None:

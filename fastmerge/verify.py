@@ -1,0 +1,222 @@
+"""Checking a merged model: against the manifest beside it, and a sample against its inputs.
+
+Every tensor's bytes are read again and their checksums compared. Where the inputs are still there and
+unchanged, some tensors are merged once more, by the reference backend, and compared byte by byte.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge import ops
+from fastmerge.checkpoint import (
+    Checkpoint,
+    Journal,
+    TensorInfo,
+    file_checksum,
+    header_digest,
+    open_checkpoint,
+    word_bytes,
+)
+from fastmerge.checkpoint.files import opened, read_at, read_json_object
+from fastmerge.checkpoint.wording import shown
+from fastmerge.engine import Engine
+from fastmerge.errors import CheckpointError, MergeError
+from fastmerge.planner import Action, Plan, make_plan
+from fastmerge.provenance import MANIFEST
+from fastmerge.recipe import load_recipe
+
+_COMPARE_BYTES = 8 << 20
+
+
+@dataclass
+class Row:
+    """One check: what was checked, how much of it, and what is wrong."""
+
+    what: str
+    extent: str
+    faults: list[str] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def state(self) -> str:
+        return f"{len(self.faults)} WRONG" if self.faults else self.note or "ok"
+
+
+@dataclass
+class Verification:
+    """All checks of one model."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.faults for row in self.rows)
+
+    def table(self) -> str:
+        """Return the checks as text, one a line, and every fault below its check."""
+        what = max(len(r.what) for r in self.rows)
+        extent = max(len(r.extent) for r in self.rows)
+        lines = []
+        for row in self.rows:
+            lines.append(f"{row.what:<{what}}  {row.extent:<{extent}}  {row.state}")
+            lines += [f"    {fault}" for fault in row.faults]
+        return "\n".join([*lines, "whole" if self.ok else "not whole"])
+
+
+def verify(out: Path | str, *, sample: int = 8, seed: int = 0) -> Verification:
+    """Check the model in `out`.
+
+    Args:
+        sample: how many tensors to merge again; 0 for none. seed: of their choice.
+    Raises:
+        CheckpointError: no manifest, or a file that cannot be read.
+    """
+    out = Path(out)
+    if sample < 0:
+        raise CheckpointError(f"sample must be 0 or more, got {sample}")
+    if not (out / MANIFEST).is_file():
+        raise CheckpointError(f"{out} has no {MANIFEST}; only merges that were finished have one")
+    manifest = read_json_object(out / MANIFEST, strict=True)
+    try:
+        model = open_checkpoint(out)
+        result = Verification([_listing(model, manifest), *_bytes(model, manifest)])
+        result.rows.append(_again(model, manifest, sample, seed))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{out / MANIFEST} is not a manifest: {error!r}") from None
+    return result
+
+
+def _listing(model: Checkpoint, manifest: Mapping[str, Any]) -> Row:
+    known = manifest["tensors"]
+    row = Row("tensors", f"{len(known)} in the manifest")
+    for name in sorted(known.keys() | model.tensors.keys()):
+        if name not in model.tensors:
+            row.faults.append(f"{shown(name)} is missing")
+        elif name not in known:
+            row.faults.append(f"{shown(name)} is not in the manifest")
+        else:
+            info = model.tensors[name]
+            found = (info.dtype.safetensors, list(info.shape))
+            said = (known[name]["dtype"], known[name]["shape"])
+            if found != said:
+                row.faults.append(f"{shown(name)} is {found}, the manifest says {said}")
+    return row
+
+
+def _bytes(model: Checkpoint, manifest: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for file in model.weight_files:
+        held = [t for t in model.tensors.values() if t.file == file]
+        row = Row(file.name, f"{len(held)} tensors")
+        with opened(file) as (fd, _):
+            for info in held:
+                entry = manifest["tensors"].get(info.name)
+                word = word_bytes(info.shape, info.dtype.itemsize)
+                found = f"{file_checksum(fd, file, info.offset, info.n_bytes, word):016x}"
+                if entry is not None and entry["checksum"] != found:
+                    row.faults.append(
+                        f"{shown(info.name)}: checksum {found}, the manifest says "
+                        f"{shown(entry['checksum'])}"
+                    )
+        rows.append(row)
+    return rows
+
+
+# ---- merging again -----------------------------------------------------------------------------------
+
+
+class _Scratch:
+    """An output without names: sparse temporary files, one per shard."""
+
+    journal: Journal | None = None
+
+    def __init__(self, n_shards: int) -> None:
+        self.files = [tempfile.TemporaryFile() for _ in range(n_shards)]  # noqa: SIM115
+
+    def fd(self, shard: int) -> int:
+        return self.files[shard].fileno()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def _again(model: Checkpoint, manifest: Mapping[str, Any], sample: int, seed: int) -> Row:
+    row = Row("merged again", "0 tensors")
+    if not sample:
+        row.note = "not asked for"
+        return row
+    try:
+        plan = _plan(model.path, manifest)
+        changed = _changed(plan, manifest["inputs"])
+    except MergeError as error:
+        row.note = f"skipped: {error}"
+        return row
+    if changed:
+        row.note = f"skipped: {changed}"
+        return row
+    names = sorted(j.name for j in plan.jobs if j.action is not Action.COPY_EQUAL and j.n)
+    chosen = random.Random(seed).sample(names, min(sample, len(names)))
+    row.extent = f"{len(chosen)} of {len(names)} tensors"
+    assert plan.layout is not None
+    scratch = _Scratch(len(plan.layout.shards))
+    try:
+        policy = manifest["options"]["nan_policy"]
+        Engine(plan, ops.choose("cpu", "reference"), scratch, only=chosen, nan_policy=policy).run()
+        places = plan.layout.places()
+        for name in sorted(chosen):
+            shard, want = places[name]
+            first = _first_difference(scratch.fd(shard), want, model.tensors.get(name))
+            if first is not None:
+                row.faults.append(f"{shown(name)} differs from its merge at byte {first}")
+    finally:
+        scratch.close()
+    return row
+
+
+def _plan(out: Path, manifest: Mapping[str, Any]) -> Plan:
+    recipe = load_recipe(manifest["recipe"])
+    folder = Path(os.path.realpath(out)) / manifest["recipe_folder"]
+    options = manifest["options"]
+    plan = make_plan(
+        replace(recipe, folder=folder),
+        out_shard_size=options["out_shard_size"],
+        allow_missing=options["allow_missing"],
+        seed=options["seed"],
+    )
+    plan.raise_conflicts()
+    return plan
+
+
+def _changed(plan: Plan, known: Sequence[Mapping[str, Any]]) -> str | None:
+    files = [i for c in plan.checkpoints for i in c.identities]
+    if len(files) != len(known):
+        return f"the inputs have {len(files)} files, had {len(known)}"
+    for file, entry in zip(files, known, strict=True):
+        if file.size != entry["size"] or header_digest(file.path) != entry["header"]:
+            return f"{file.path} has changed since"
+    return None
+
+
+def _first_difference(fd: int, want: TensorInfo, info: TensorInfo | None) -> int | None:
+    """Return the first byte at which the model's tensor and the merge just made differ."""
+    if info is None or info.n_bytes != want.n_bytes:
+        return 0
+    with opened(info.file) as (model, _):
+        for at in range(0, info.n_bytes, _COMPARE_BYTES):
+            n = min(_COMPARE_BYTES, info.n_bytes - at)
+            a = read_at(fd, info.file, want.offset + at, n)
+            b = read_at(model, info.file, info.offset + at, n)
+            if a != b:
+                return at + next(i for i in range(n) if a[i] != b[i])
+    return None
+
+
+__all__ = ["Verification", "verify"]
