@@ -149,9 +149,7 @@ def plain(x: Any) -> Any:
 def verify(case: Case) -> None:
     """Compare with the reference on a tensor long enough to take the same path."""
     operands = make(COLS * 80, case.n_experts)
-    results = [
-        case.build(operands, ops.choose("cpu", name))() for name in ("cpu", "reference")
-    ]
+    results = [case.build(operands, ops.choose("cpu", name))() for name in ("cpu", "reference")]
     for a, b in zip(*map(plain, results), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=case.name)
 
@@ -188,7 +186,9 @@ def main() -> None:
         run = case.build(make(n, case.n_experts), kernels)
         seconds = least(run, args.runs)
         share = case.bytes_per_element * n / seconds / bandwidth
-        print(f"{case.name:24} {seconds / n * 1e9:8.3f} ns/element {share:6.1%} of memcpy", flush=True)
+        print(
+            f"{case.name:24} {seconds / n * 1e9:8.3f} ns/element {share:6.1%} of memcpy", flush=True
+        )
 
 
 if __name__ == "__main__":

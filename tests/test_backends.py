@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastmerge import _cpu, ops
-from fastmerge.stages import Axis, Gram, OrderStatistic, RankedDrop, Walk
+from fastmerge.stages import Axis, Drop, Elect, Gram, Keep, OrderStatistic, RankedDrop, Trim, Walk
 
 ISAS = _cpu.available_isas().split()
 SEEDS = range(60)
@@ -67,6 +67,43 @@ def test_walk_is_bit_equal(shape: tuple[int, ...], isa: str) -> None:
             f"cpu {outs[0].reshape(-1)[different[0] // outs[0].itemsize]}, "
             f"reference {outs[1].reshape(-1)[different[0] // outs[1].itemsize]}; {walk}"
         )
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS[:3], ids=str)
+def test_common_walks_are_bit_equal(dtype: torch.dtype, isa: str) -> None:
+    """Operands of one type and one coefficient each: the walk that keeps its sums in registers."""
+    for seed in range(120):
+        rng = rng_of("common", seed, dtype)
+        shape = ((4099,), (3, 5, 11), (64, 64))[seed % 3]
+        k = int(rng.choice([1, 2, 3, 4, 8, 33], p=[0.1, 0.3, 0.2, 0.2, 0.15, 0.05]))
+        content = cases.CONTENTS[rng.integers(len(cases.CONTENTS))]
+        with_base = bool(rng.random() < 0.8)
+        held = cases.operands(rng, shape, k, content, with_base)
+        base = held.base.to(dtype) if held.base is not None else None
+        experts = [e.to(dtype) for e in held.experts]
+        if seed % 10 == 9:
+            experts[0].reshape(-1)[::70] = float("nan")
+        random = cases.random_walk(rng, shape, k, with_base)
+        trim = Trim(cases.random_cut(rng, shape, k, False)) if seed & 1 else None
+        p = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0], k).tolist()
+        keys = [int(x) for x in rng.integers(0, 2**63, k)]
+        drop = Drop(p, keys, rescale=bool(rng.random() < 0.5)) if seed & 2 else None
+        elect = Elect("mass", str(rng.choice(["plus", "minus", "none"]))) if seed & 4 else None  # type: ignore[arg-type]
+        divide = random.combine.divide_by
+        if divide != "none":
+            divide = "weight" if elect and rng.random() < 0.7 else "constant"
+        weights = rng.standard_normal(k).tolist() if divide == "weight" else None
+        combine = replace(random.combine, by="sum", divide_by=divide, divisor_weight=weights)
+        coefficient = rng.choice([0.5, 1.0, -0.3], (k, 1))
+        walk = Walk(coefficient, Axis.TENSOR, Keep(trim, None, drop), elect, combine, with_base)
+        outs = [
+            ops.fused_walk(base, experts, walk, out=torch.empty(shape, dtype=dtype), backend=name)
+            for name in ("cpu", "reference")
+        ]
+        if seed % 10 == 9:  # the sign of a NaN is the machine's
+            torch.testing.assert_close(*outs, rtol=0, atol=0, equal_nan=True, msg=f"{seed}: {walk}")
+        else:
+            np.testing.assert_array_equal(bits(outs[0]), bits(outs[1]), err_msg=f"{seed}: {walk}")
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)

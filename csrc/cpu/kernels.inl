@@ -144,6 +144,8 @@ bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, in
     return bad;
 }
 
+#include "cpu/walk_common.inl"
+
 template <class Real>
 void keep_mask_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
                      uint8_t* out) {
@@ -335,6 +337,11 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
           DType t) {
+    if (is_common(p, in, f64)) {
+        if (in.expert_type[0] == DType::BF16) return walk_common_of<DType::BF16>(p, in, r, a, b, out, t);
+        if (in.expert_type[0] == DType::F16) return walk_common_of<DType::F16>(p, in, r, a, b, out, t);
+        return walk_common_of<DType::F32>(p, in, r, a, b, out, t);
+    }
     FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
 }
 void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,
