@@ -37,8 +37,8 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
-shared = ["csrc/bindings/cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/sweeps.cpp",
-          "csrc/io/transfer.cpp"]  # fmt: skip
+shared = ["csrc/bindings/cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/order.cpp", "csrc/cpu/pool.cpp",
+          "csrc/cpu/sweeps.cpp", "csrc/io/transfer.cpp"]  # fmt: skip
 cpu = Pybind11Extension(
     "fastmerge._cpu",
     sources=shared + [f"csrc/cpu/isa_{isa}.cpp" for isa in ISAS],

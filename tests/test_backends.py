@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastmerge import _cpu, ops
+from fastmerge.evaluate import Operands, sweep_statistic
 from fastmerge.stages import Axis, Drop, Elect, Gram, Keep, OrderStatistic, RankedDrop, Trim, Walk
 
 ISAS = _cpu.available_isas().split()
@@ -141,22 +142,43 @@ def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
         np.testing.assert_array_equal(masks[0], masks[1])
 
 
-def test_large_rank_cut_uses_digits_and_is_exact() -> None:
-    """Above 2^17 elements cuts are found by counting digits; equal magnitudes abound on a grid."""
-    rng = rng_of("digits")
-    for content, dtype in (
-        ("grid", torch.bfloat16),
-        ("normal", torch.float32),
-        ("wide", torch.float64),
-    ):
-        base = cases.tensor(rng, (200_003,), content, dtype)
-        experts = [cases.tensor(rng, (200_003,), content, dtype) for _ in range(2)]
-        request = OrderStatistic([[1, 150_000], [100_001, 200_003]])
-        a, b = (ops.order_statistic(base, experts, request, backend=name)
-                for name in ("cpu", "reference"))  # fmt: skip
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x.value, y.value)
-            np.testing.assert_array_equal(x.last_tie, y.last_tie)
+LARGE = 200_003  # above what is selected directly: cuts are found by sample, bracket and count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("content", ["near", "grid", "equal", "wide", "mixed", "nan"])
+def test_large_rank_cuts_are_exact(content: str, dtype: torch.dtype, isa: str) -> None:
+    """Whatever a bracket holds: nearly nothing, a great many equal keys, or not the cut at all."""
+    rng = rng_of("large", content, dtype)
+    kind = content if content in cases.CONTENTS else "normal"
+    base = cases.tensor(rng, (LARGE,), kind, dtype)
+    experts = [cases.tensor(rng, (LARGE,), kind, dtype) for _ in range(2)]
+    if content == "near":
+        experts = [(base.double() + 0.01 * e.double()).to(dtype) for e in experts]
+    if content == "mixed":  # a value that fills half of it, beside many others
+        for e in experts:
+            e[rng.random(LARGE) < 0.5] = base[rng.random(LARGE) < 0.5][0]
+        experts[1][:] = base
+    if content == "nan":
+        experts[0][::7] = float("nan")
+    requests = [
+        OrderStatistic([[1, 150_000, 60_000], [100_001, LARGE, 0]]),
+        OrderStatistic([[100_000], [20_000]], all_ties=True),
+        OrderStatistic([[LARGE - 1], [0]]),
+        OrderStatistic(of="variance", fraction_of_nonzero=0.3),
+        OrderStatistic(of="variance", fraction_of_nonzero=1.0),
+        OrderStatistic([[1000]], of="variance"),
+    ]
+    held = ops._chunk(base, experts)
+    operands = Operands(held.base, held.experts, LARGE, held.compute)
+    reference = ops.choose("cpu", "reference")
+    for request in requests:
+        expected = sweep_statistic(reference, request, operands)
+        for limit in (LARGE, 50_001):
+            found = sweep_statistic(ops.choose("cpu", "cpu"), request, operands, limit)
+            for x, y in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(x.value, y.value, err_msg=str(request))
+                np.testing.assert_array_equal(x.last_tie, y.last_tie, err_msg=str(request))
 
 
 def test_thread_counts_do_not_show() -> None:
