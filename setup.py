@@ -37,8 +37,8 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
-shared = ["csrc/bindings/cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/sweeps.cpp",
-          "csrc/io/checksum.cpp", "csrc/io/transfer.cpp"]  # fmt: skip
+shared = ["csrc/bindings/cpu.cpp", *sorted(str(p) for folder in ("csrc/cpu", "csrc/io")
+          for p in Path(folder).glob("*.cpp") if not p.stem.startswith("isa_"))]  # fmt: skip
 cpu = Pybind11Extension(
     "fastmerge._cpu",
     sources=shared + [f"csrc/cpu/isa_{isa}.cpp" for isa in ISAS],

@@ -434,13 +434,20 @@ def default_memory() -> int:
 
 
 def _scratch(jobs: Sequence[TensorJob]) -> int:
-    """Bound the kernels' own memory: digit counts or collected keys of rank cuts, ranks of a chunk."""
-    most = max((len(j.experts) for j in jobs), default=0)
-    counts = (os.cpu_count() or 1) * (512 << 10) + most * (2 * (512 << 10))
-    keys = most * (1 << 17) * 8 + (2 << 20)
-    ranks = 4 * most * min(1 << 22, max((j.n for j in jobs), default=0))
-    statistics = any(j.scope is not Scope.ELEMENT for j in jobs)
-    return max(counts, keys) + ranks if statistics else 0
+    """Bound the kernels' own memory: keys or candidates of rank cuts, ranks of a chunk.
+
+    A cut of n elements samples s = n / 256 keys (at most 2^20) and keeps the elements of its bracket, at most
+    4 / sqrt(s) of them, 10 bytes each, twice while a list grows (csrc/cpu/order.cpp).
+    """
+    jobs = [j for j in jobs if j.scope is not Scope.ELEMENT]
+    if not jobs:
+        return 0
+    most = max(len(j.experts) for j in jobs)
+    n = max(j.n for j in jobs)
+    sample = min(max(n // 256, 8192), 1 << 20)
+    candidates = int(20 * n * 4 / sample**0.5) + 8 * sample + (os.cpu_count() or 1) * 10 * (1 << 15)
+    ranks = 4 * min(1 << 22, n)
+    return most * (max(candidates, 8 << 17) + ranks)
 
 
 def _fit_memory(plan: Plan) -> None:

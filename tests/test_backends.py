@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fastmerge import _cpu, ops
-from fastmerge.stages import Axis, Gram, OrderStatistic, RankedDrop, Walk
+from fastmerge.evaluate import Operands, sweep_statistic
+from fastmerge.stages import Axis, Drop, Elect, Gram, Keep, OrderStatistic, RankedDrop, Trim, Walk
 
 ISAS = _cpu.available_isas().split()
 SEEDS = range(60)
@@ -69,6 +70,43 @@ def test_walk_is_bit_equal(shape: tuple[int, ...], isa: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS[:3], ids=str)
+def test_common_walks_are_bit_equal(dtype: torch.dtype, isa: str) -> None:
+    """Operands of one type and one coefficient each: the walk that keeps its sums in registers."""
+    for seed in range(120):
+        rng = rng_of("common", seed, dtype)
+        shape = ((4099,), (3, 5, 11), (64, 64))[seed % 3]
+        k = int(rng.choice([1, 2, 3, 4, 8, 33], p=[0.1, 0.3, 0.2, 0.2, 0.15, 0.05]))
+        content = cases.CONTENTS[rng.integers(len(cases.CONTENTS))]
+        with_base = bool(rng.random() < 0.8)
+        held = cases.operands(rng, shape, k, content, with_base)
+        base = held.base.to(dtype) if held.base is not None else None
+        experts = [e.to(dtype) for e in held.experts]
+        if seed % 10 == 9:
+            experts[0].reshape(-1)[::70] = float("nan")
+        random = cases.random_walk(rng, shape, k, with_base)
+        trim = Trim(cases.random_cut(rng, shape, k, False)) if seed & 1 else None
+        p = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0], k).tolist()
+        keys = [int(x) for x in rng.integers(0, 2**63, k)]
+        drop = Drop(p, keys, rescale=bool(rng.random() < 0.5)) if seed & 2 else None
+        elect = Elect("mass", str(rng.choice(["plus", "minus", "none"]))) if seed & 4 else None  # type: ignore[arg-type]
+        divide = random.combine.divide_by
+        if divide != "none":
+            divide = "weight" if elect and rng.random() < 0.7 else "constant"
+        weights = rng.standard_normal(k).tolist() if divide == "weight" else None
+        combine = replace(random.combine, by="sum", divide_by=divide, divisor_weight=weights)
+        coefficient = rng.choice([0.5, 1.0, -0.3], (k, 1))
+        walk = Walk(coefficient, Axis.TENSOR, Keep(trim, None, drop), elect, combine, with_base)
+        outs = [
+            ops.fused_walk(base, experts, walk, out=torch.empty(shape, dtype=dtype), backend=name)
+            for name in ("cpu", "reference")
+        ]
+        if seed % 10 == 9:  # the sign of a NaN is the machine's
+            torch.testing.assert_close(*outs, rtol=0, atol=0, equal_nan=True, msg=f"{seed}: {walk}")
+        else:
+            np.testing.assert_array_equal(bits(outs[0]), bits(outs[1]), err_msg=f"{seed}: {walk}")
+
+
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
     n = int(np.prod(shape)) if shape else 1
@@ -104,22 +142,43 @@ def test_statistics_are_equal(shape: tuple[int, ...], isa: str) -> None:
         np.testing.assert_array_equal(masks[0], masks[1])
 
 
-def test_large_rank_cut_uses_digits_and_is_exact() -> None:
-    """Above 2^17 elements cuts are found by counting digits; equal magnitudes abound on a grid."""
-    rng = rng_of("digits")
-    for content, dtype in (
-        ("grid", torch.bfloat16),
-        ("normal", torch.float32),
-        ("wide", torch.float64),
-    ):
-        base = cases.tensor(rng, (200_003,), content, dtype)
-        experts = [cases.tensor(rng, (200_003,), content, dtype) for _ in range(2)]
-        request = OrderStatistic([[1, 150_000], [100_001, 200_003]])
-        a, b = (ops.order_statistic(base, experts, request, backend=name)
-                for name in ("cpu", "reference"))  # fmt: skip
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x.value, y.value)
-            np.testing.assert_array_equal(x.last_tie, y.last_tie)
+LARGE = 200_003  # above what is selected directly: cuts are found by sample, bracket and count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("content", ["near", "grid", "equal", "wide", "mixed", "nan"])
+def test_large_rank_cuts_are_exact(content: str, dtype: torch.dtype, isa: str) -> None:
+    """Whatever a bracket holds: nearly nothing, a great many equal keys, or not the cut at all."""
+    rng = rng_of("large", content, dtype)
+    kind = content if content in cases.CONTENTS else "normal"
+    base = cases.tensor(rng, (LARGE,), kind, dtype)
+    experts = [cases.tensor(rng, (LARGE,), kind, dtype) for _ in range(2)]
+    if content == "near":
+        experts = [(base.double() + 0.01 * e.double()).to(dtype) for e in experts]
+    if content == "mixed":  # a value that fills half of it, beside many others
+        for e in experts:
+            e[rng.random(LARGE) < 0.5] = base[rng.random(LARGE) < 0.5][0]
+        experts[1][:] = base
+    if content == "nan":
+        experts[0][::7] = float("nan")
+    requests = [
+        OrderStatistic([[1, 150_000, 60_000], [100_001, LARGE, 0]]),
+        OrderStatistic([[100_000], [20_000]], all_ties=True),
+        OrderStatistic([[LARGE - 1], [0]]),
+        OrderStatistic(of="variance", fraction_of_nonzero=0.3),
+        OrderStatistic(of="variance", fraction_of_nonzero=1.0),
+        OrderStatistic([[1000]], of="variance"),
+    ]
+    held = ops._chunk(base, experts)
+    operands = Operands(held.base, held.experts, LARGE, held.compute)
+    reference = ops.choose("cpu", "reference")
+    for request in requests:
+        expected = sweep_statistic(reference, request, operands)
+        for limit in (LARGE, 50_001):
+            found = sweep_statistic(ops.choose("cpu", "cpu"), request, operands, limit)
+            for x, y in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(x.value, y.value, err_msg=str(request))
+                np.testing.assert_array_equal(x.last_tie, y.last_tie, err_msg=str(request))
 
 
 def test_thread_counts_do_not_show() -> None:

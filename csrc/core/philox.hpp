@@ -1,6 +1,7 @@
 // Philox4x32-10 (Salmon et al., SC 2011): a draw is a pure function of (key, element index), so a mask does
 // not depend on chunking, threads or device. Known answers of Random123 are in tests/test_philox.py.
 #pragma once
+#include "core/lanes.hpp"
 #include "core/types.hpp"
 
 namespace fastmerge {
@@ -21,22 +22,37 @@ FM_HD inline Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32
     return {{c0, c1, c2, c3}};
 }
 
-/// 16-bit draws of elements [i, i + m): element e uses block e >> 3, half-word e & 7.
+/// 16-bit draws of the 64 elements from `first`, a multiple of 64: eight Philox blocks side by side.
+inline void draws16_block(uint64_t key, int64_t first, uint16_t* out) {
+    constexpr int N = WIDE / 8;  // blocks that fit one vector
+    for (int b = 0; b < 8; b += N) {
+        // Only the low half of each lane counts; what is left in the high half never reaches a product.
+        Longs c0, c1, c2 = {}, c3 = {};
+        for (int j = 0; j < N; ++j) c0[j] = uint64_t((first >> 3) + b + j);
+        c1 = c0 >> 32;
+        uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const Longs p0 = multiply_low(c0, Longs{} + 0xD2511F53u),
+                        p1 = multiply_low(c2, Longs{} + 0xCD9E8D57u);
+            c0 = (p1 >> 32) ^ c1 ^ k0, c2 = (p0 >> 32) ^ c3 ^ k1;
+            c1 = p1, c3 = p0;
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        const Longs low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+        // Elements are in little-endian order of the half-words of each block's four words.
+        for (int j = 0; j < N; ++j) {
+            const uint64_t words[2] = {low[j], high[j]};
+            memcpy(out + 8 * (b + j), words, sizeof words);
+        }
+    }
+}
+
+/// 16-bit draws of elements [i, i + m), all in one group of 64: element e uses block e >> 3, half-word e & 7.
 inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
-    // Blocks first, over whole groups: the inner loop over blocks is what vectorises.
-    uint32_t words[4][10];
-    const int64_t first = i >> 3, n_blocks = ((i + m + 7) >> 3) - first;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        const uint64_t counter = uint64_t(first + b);
-        const Philox4 r = philox4x32_10(uint32_t(counter), uint32_t(counter >> 32), 0, 0, uint32_t(key),
-                                        uint32_t(key >> 32));
-        for (int w = 0; w < 4; ++w) words[w][b] = r.w[w];
-    }
-    for (int j = 0; j < m; ++j) {
-        const int64_t e = i + j - (first << 3);
-        const uint32_t word = words[(e & 7) >> 1][e >> 3];
-        out[j] = (e & 1) ? word >> 16 : word & 0xffffu;
-    }
+    uint16_t draw[64];
+    const int64_t first = i & ~int64_t(63);
+    draws16_block(key, first, draw);
+    for (int j = 0; j < m; ++j) out[j] = draw[i - first + j];
 }
 
 /// 32-bit draws of elements [i, i + m): element e uses block e >> 2, word e & 3.

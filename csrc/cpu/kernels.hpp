@@ -15,6 +15,20 @@ struct Ranks {
 /// Index of the six sums that `moments` takes of each expert.
 enum Moment : int { AbsRaw = 0, AbsKept = 1, SquareRaw = 2, SquareKept = 3, N_SUMS = 4 };
 
+/// Keys that may be a cut: low <= key <= high.
+struct Bracket {
+    bool open = false;  // false: nothing to look for
+    uint64_t low = 0, high = 0;
+};
+
+/// What one span of elements holds of a bracket.
+struct Bracketed {
+    int64_t above = 0, nonzero = 0;  // keys above the bracket, and keys that are not zero
+    int64_t n = 0;                   // keys in it
+    uint64_t* key = nullptr;         // these, in order, room for the whole span; null: they are only counted
+    uint16_t* position = nullptr;    // where they are, relative to the span's first element
+};
+
 /// What an order statistic is over: expert `k`'s |delta|, or with k = -1 the variance over experts.
 struct KernelTable {
     const char* isa;
@@ -41,6 +55,10 @@ struct KernelTable {
     /// Count the digit (key >> shift) & (2^width - 1) of the keys whose higher bits are `prefix`.
     void (*histogram)(const Operands&, int k, bool f64, int64_t a, int64_t b, int shift, int width,
                       uint64_t prefix, uint64_t* bins);
+    /// Compare the keys of [a, b) of n_keys experts (or the variance, k = -1) with n_ranks brackets each, in
+    /// one reading of the operands; brackets and counts are [n_keys, n_ranks]. nonzero: count these, too.
+    void (*bracket)(const Operands&, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
+                    const Bracket* brackets, Bracketed* counts);
     /// Count keys equal to `key` in [a, b).
     int64_t (*count_equal)(const Operands&, int k, bool f64, int64_t a, int64_t b, uint64_t key);
     /// Chunk-relative index of the q-th (from 1) key equal to `key` in [a, b), or -1.

@@ -144,6 +144,8 @@ bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, in
     return bad;
 }
 
+#include "cpu/walk_common.inl"
+
 template <class Real>
 void keep_mask_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
                      uint8_t* out) {
@@ -160,9 +162,33 @@ void keep_mask_range(const Keep& keep, const Operands& in, const Ranks& ranks, i
     }
 }
 
+/// Add a run's |x| and x*x to their lanes; a full block has a constant trip count.
+template <class Real>
+inline void add_moments(const Real* x, int m, double* __restrict abs, double* __restrict square) {
+    const auto add = [&](int j) {
+        const double y = double(x[j]);
+        abs[j] += y < 0 ? -y : y;
+        square[j] += y * y;
+    };
+    if (m == BLOCK)
+        for (int j = 0; j < BLOCK; ++j) add(j);
+    else
+        for (int j = 0; j < m; ++j) add(j);
+}
+
 template <class Real>
 void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
                    double* lanes, double* maxima) {
+    const int K = in.n_experts;
+    const bool plain = !keep.any();
+    // Maxima by place in the block, folded at the end: a single running maximum would not vectorise.
+    const std::unique_ptr<Key<Real>[]> high(new Key<Real>[size_t(K) * 2 * BLOCK]());
+    const auto raise = [](const Real* x, Key<Real>* top) {
+        for (int j = 0; j < BLOCK; ++j) {
+            const Key<Real> key = order_key(x[j]);
+            top[j] = key > top[j] ? key : top[j];
+        }
+    };
     for (int64_t i = a; i < b;) {
         const int m = block_length(in, i, b, splits_rows(keep));
         const int lane = int((in.start + i) % BLOCK);
@@ -171,20 +197,28 @@ void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int
         visit_experts<Real>(keep, in, ranks, i, m, base,
                             [&](int k, const Real* d, const Real* v, const Mask<Real>*, const Real*) {
                                 double* sum = lanes + int64_t(k) * N_SUMS * BLOCK + lane;
-                                double high = maxima[2 * k], high_kept = maxima[2 * k + 1];
-                                for (int j = 0; j < m; ++j) {
-                                    const double x = double(d[j]), y = double(v[j]);
-                                    const double ax = x < 0 ? -x : x, ay = y < 0 ? -y : y;
-                                    sum[AbsRaw * BLOCK + j] += ax;
-                                    sum[AbsKept * BLOCK + j] += ay;
-                                    sum[SquareRaw * BLOCK + j] += x * x;
-                                    sum[SquareKept * BLOCK + j] += y * y;
-                                    high = ax > high || ax != ax ? ax : high;  // NaN is largest and stays
-                                    high_kept = ay > high_kept || ay != ay ? ay : high_kept;
-                                }
-                                maxima[2 * k] = high, maxima[2 * k + 1] = high_kept;
+                                Key<Real>* top = high.get() + size_t(k) * 2 * BLOCK;
+                                add_moments(d, m, sum + AbsRaw * BLOCK, sum + SquareRaw * BLOCK);
+                                raise(d, top);
+                                if (plain) return;
+                                add_moments(v, m, sum + AbsKept * BLOCK, sum + SquareKept * BLOCK);
+                                raise(v, top + BLOCK);
                             });
         i += m;
+    }
+    for (int k = 0; k < K; ++k) {
+        double* sum = lanes + int64_t(k) * N_SUMS * BLOCK;
+        Key<Real>* top = high.get() + size_t(k) * 2 * BLOCK;
+        for (int j = 0; plain && j < BLOCK; ++j) {  // what is kept is everything: the same sums
+            sum[AbsKept * BLOCK + j] = sum[AbsRaw * BLOCK + j];
+            sum[SquareKept * BLOCK + j] = sum[SquareRaw * BLOCK + j];
+            top[BLOCK + j] = top[j];
+        }
+        for (int j = 0; j < 2 * BLOCK; ++j) {
+            double& most = maxima[2 * k + j / BLOCK];
+            const double x = double(bit_cast<Real>(top[j]));
+            most = x > most || x != x ? x : most;  // NaN is largest and stays
+        }
     }
 }
 
@@ -293,6 +327,45 @@ void histogram_range(const Operands& in, int k, int64_t a, int64_t b, int shift,
 }
 
 template <class Real>
+void bracket_range(const Operands& in, bool variance, bool nonzero, int n_ranks, int64_t a, int64_t b,
+                   const Bracket* brackets, Bracketed* counts) {
+    const int n_keys = variance ? 1 : in.n_experts;
+    for (int64_t i = a; i < b; i += BLOCK) {
+        const int m = int(std::min<int64_t>(BLOCK, b - i));
+        const uint64_t valid = m == BLOCK ? ~uint64_t(0) : (uint64_t(1) << m) - 1;
+        Real base[BLOCK], d[BLOCK];
+        Key<Real> keys[BLOCK];
+        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
+        for (int k = 0; k < n_keys; ++k) {
+            if (variance)
+                variance_block(in, i, m, base, d);
+            else
+                load_delta(in, k, i, m, base, d);
+            for (int j = 0; j < BLOCK; ++j) keys[j] = order_key(d[j]);
+            for (int r = 0; r < n_ranks; ++r) {
+                const Bracket& bracket = brackets[k * n_ranks + r];
+                if (!bracket.open) continue;
+                Bracketed& found = counts[k * n_ranks + r];
+                const uint64_t above = greater_mask(keys, Key<Real>(bracket.high)) & valid;
+                const uint64_t reached =
+                    bracket.low ? greater_mask(keys, Key<Real>(bracket.low - 1)) & valid : valid;
+                found.above += __builtin_popcountll(above);
+                if (nonzero) found.nonzero += __builtin_popcountll(greater_mask(keys, Key<Real>(0)) & valid);
+                const uint64_t inside = reached & ~above;
+                // Few of a block's keys are in a bracket: one by one costs no more than compressing vectors.
+                int64_t n = found.n;
+                if (found.key)
+                    for (uint64_t left = inside; left; left &= left - 1, ++n) {
+                        const int j = __builtin_ctzll(left);
+                        found.key[n] = keys[j], found.position[n] = uint16_t(i - a + j);
+                    }
+                found.n += __builtin_popcountll(inside);
+            }
+        }
+    }
+}
+
+template <class Real>
 int64_t count_equal_range(const Operands& in, int k, int64_t a, int64_t b, uint64_t key) {
     int64_t count = 0;
     visit_keys<Real>(in, k, a, b, [&](int64_t, int m, const Key<Real>* keys) {
@@ -320,12 +393,38 @@ struct Ranked {
     bool operator<(const Ranked& o) const { return key != o.key ? key < o.key : index < o.index; }
 };
 
+/// Radix sort by the key's 31 bits, least digit first: stable, so equal keys stay in order of index.
+inline void radix_ranks(Ranked<float>* order, Ranked<float>* other, int64_t m, uint32_t* rank) {
+    constexpr int WIDTH = 11, PASSES = 3, BINS = 1 << WIDTH;
+    uint32_t start[PASSES][BINS] = {};
+    for (int64_t i = 0; i < m; ++i)
+        for (int p = 0; p < PASSES; ++p) ++start[p][order[i].key >> (p * WIDTH) & (BINS - 1)];
+    for (int p = 0; p < PASSES; ++p) {
+        uint32_t sum = 0;
+        for (uint32_t& bin : start[p]) {
+            const uint32_t count = bin;
+            bin = sum, sum += count;
+        }
+        const auto place = [&](int64_t i) { return start[p][order[i].key >> (p * WIDTH) & (BINS - 1)]++; };
+        if (p == PASSES - 1) {
+            for (int64_t i = 0; i < m; ++i) rank[order[i].index] = place(i);
+            return;
+        }
+        for (int64_t i = 0; i < m; ++i) other[place(i)] = order[i];
+        Ranked<float>* const sorted = other;
+        other = order, order = sorted;
+    }
+}
+
 template <class Real>
 void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* rank) {
-    const std::unique_ptr<Ranked<Real>[]> order(new Ranked<Real>[size_t(m)]);
+    const bool radix = sizeof(Real) == sizeof(float) && m >= 512;  // below, clearing the bins costs more
+    const std::unique_ptr<Ranked<Real>[]> order(new Ranked<Real>[size_t(radix ? 2 * m : m)]);
     visit_keys<Real>(in, k, a, a + m, [&](int64_t i, int len, const Key<Real>* keys) {
         for (int j = 0; j < len; ++j) order[i - a + j] = {keys[j], uint32_t(i - a + j)};
     });
+    if constexpr (sizeof(Real) == sizeof(float))
+        if (radix) return radix_ranks(order.get(), order.get() + m, m, rank);
     std::sort(order.get(), order.get() + m);
     for (int64_t r = 0; r < m; ++r) rank[order[r].index] = uint32_t(r);
 }
@@ -335,6 +434,11 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
           DType t) {
+    if (is_common(p, in, f64)) {
+        if (in.expert_type[0] == DType::BF16) return walk_common_of<DType::BF16>(p, in, r, a, b, out, t);
+        if (in.expert_type[0] == DType::F16) return walk_common_of<DType::F16>(p, in, r, a, b, out, t);
+        return walk_common_of<DType::F32>(p, in, r, a, b, out, t);
+    }
     FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
 }
 void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,
@@ -365,6 +469,11 @@ void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int sh
     FM_CHOOSE(histogram_range<float>(in, k, a, b, shift, width, prefix, bins),
               histogram_range<double>(in, k, a, b, shift, width, prefix, bins));
 }
+void bracket(const Operands& in, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
+             const Bracket* brackets, Bracketed* counts) {
+    FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts),
+              bracket_range<double>(in, variance, nonzero, n_ranks, a, b, brackets, counts));
+}
 int64_t count_equal(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t key) {
     FM_CHOOSE(count_equal_range<float>(in, k, a, b, key), count_equal_range<double>(in, k, a, b, key));
 }
@@ -382,8 +491,9 @@ void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {FM_TEXT(FM_ISA), walk, keep_mask, moments,     gram,       gram_columns,
-                           sign_balance,    keys, histogram, count_equal, find_equal, rank_unit};
+const KernelTable table = {FM_TEXT(FM_ISA), walk,         keep_mask, moments,   gram,
+                           gram_columns,    sign_balance, keys,      histogram, bracket,
+                           count_equal,     find_equal,   rank_unit};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

@@ -64,7 +64,8 @@ class OrderSweep {
     struct Target {
         int64_t rank = 0;  // still to find among keys with `prefix`
         uint64_t prefix = 0;
-        bool open = true;  // false: settled without looking (nothing or everything above)
+        bool open = true;    // false: nothing left to look for
+        bool found = false;  // the value is known (`prefix`), of its ties number `rank` is still to be found
         double value = 0;
         int64_t last_tie = -1;
     };
@@ -73,17 +74,38 @@ class OrderSweep {
     }
     const std::vector<int64_t>& ranks(int k) const { return request_.ranks[k]; }
     void settle(Target& t, int64_t rank, int64_t n) const;
+    bool counted(const Target& t) const { return t.open && !t.found; }
     void select(const uint64_t* keys, int64_t n, int64_t first, Target& t) const;
     double from_key(uint64_t key) const;
+    uint64_t largest_key() const;
+    void feed_sample(const Operands& in, int64_t first);
+    void set_brackets();
+    void feed_bracket(const Operands& in, int64_t first);
+    void settle_fraction(int k, int64_t nonzero);
+    bool settle_bracket(int k, int r);
     void feed_histogram(const Operands& in);
+    bool next_digit();
+    bool finish_brackets();
     void feed_ties(const Operands& in, int64_t offset);
 
     OrderRequest request_;
     int n_ranks_ = 1;
     int64_t units_ = 1;
-    enum class Mode { Rows, Collect, Digits, Ties, Done } mode_;
+    enum class Mode { Rows, Collect, Sample, Bracket, Digits, Ties, Done } mode_;
     std::vector<Target> targets_;
-    std::vector<std::vector<uint64_t>> collected_;  // [n_keys][n]
+    std::vector<std::vector<uint64_t>> collected_;  // [n_keys][n], or of the sample
+
+    /// The keys inside one bracket, in index order, and how many of them each span has added.
+    struct Candidates {
+        int64_t above = 0, n = 0;
+        std::vector<uint64_t> key;
+        std::vector<uint16_t> position;
+        std::vector<int64_t> span_end;
+    };
+    int64_t sample_size_ = 0, next_sample_ = 0;
+    std::vector<Bracket> brackets_;       // [n_keys][R]
+    std::vector<Candidates> candidates_;  // [n_keys][R]
+    std::vector<int64_t> span_first_;     // flat index of each span's first element
     std::vector<int> widths_;
     size_t digit_ = 0;
     std::vector<std::vector<uint64_t>> bins_;     // [R * n_keys][2^width]
