@@ -437,7 +437,8 @@ def _scratch(jobs: Sequence[TensorJob]) -> int:
     """Bound the kernels' own memory: keys or candidates of rank cuts, ranks of a chunk.
 
     A cut of n elements samples s = n / 256 keys (at most 2^20) and keeps the elements of its bracket, at most
-    4 / sqrt(s) of them, 10 bytes each, twice while a list grows (csrc/cpu/order.cpp).
+    4 / sqrt(s) of them, 10 bytes each: once per task and, while a list grows, twice more
+    (csrc/cpu/order.cpp).
     """
     jobs = [j for j in jobs if j.scope is not Scope.ELEMENT]
     if not jobs:
@@ -445,7 +446,7 @@ def _scratch(jobs: Sequence[TensorJob]) -> int:
     most = max(len(j.experts) for j in jobs)
     n = max(j.n for j in jobs)
     sample = min(max(n // 256, 8192), 1 << 20)
-    candidates = int(20 * n * 4 / sample**0.5) + 8 * sample + (os.cpu_count() or 1) * 10 * (1 << 15)
+    candidates = int(30 * n * 4 / sample**0.5) + 8 * sample + (os.cpu_count() or 1) * 10 * (1 << 15)
     ranks = 4 * min(1 << 22, n)
     return most * (max(candidates, 8 << 17) + ranks)
 
