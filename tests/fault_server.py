@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 
 from fastmerge import _cpu, api, cli, verify  # noqa: F401
@@ -17,6 +18,8 @@ def child(request: dict[str, object], faults: ctypes.CDLL) -> None:
     log = os.open(str(request["log"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # A shell that starts its jobs in the background has them ignore SIGINT, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.realpath(str(request["below"])).encode()
     faults.fault_arm(request["kind"], ctypes.c_long(int(str(request["at"]))), folder)
     code = 1
