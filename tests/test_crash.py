@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -18,6 +19,11 @@ from pathlib import Path
 import families
 import pytest
 import torch
+
+from fastmerge import _cpu
+from fastmerge.checkpoint import TensorInfo, word_bytes
+from fastmerge.dtypes import DType
+from fastmerge.planner import Action, Operand, TensorJob, split
 
 HERE = Path(__file__).parent
 TIES_MODEL = families.recipe("ties", "scope: model, zero_sign: global_majority, rescale: true")
@@ -166,6 +172,54 @@ def check_no_mix(found: dict[str, bytes], *models: dict[str, bytes]) -> None:
 
 def clear(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
+
+
+def checksum_of(data: bytes, word: int, start: int = 0) -> int:
+    """The definition of csrc/io/checksum.cpp once more."""
+    mask = (1 << 64) - 1
+    total = 0
+    for i in range(len(data) // word):
+        x = int.from_bytes(data[word * i : word * (i + 1)], "little")
+        x ^= (start // word + i + 1) * 0x9E3779B97F4A7C15 & mask
+        x ^= x >> 32
+        x = x * 0xD6E8FEB86659FD93 & mask
+        x ^= x >> 32
+        x = x * 0xFF51AFD7ED558CCD & mask
+        total += x ^ (x >> 29)
+    return total & mask
+
+
+@pytest.mark.parametrize("word", [1, 2, 4, 8])
+def test_checksum(word: int) -> None:
+    data = random.Random(word).randbytes(4800)
+    whole = _cpu.checksum(data, word, 0)
+    assert whole == checksum_of(data, word)
+    for cut in (word, 8, 1000, 4792):
+        parts = _cpu.checksum(data[:cut], word, 0) + _cpu.checksum(data[cut:], word, cut)
+        assert parts % (1 << 64) == whole
+    swapped = data[word : 2 * word] + data[:word] + data[2 * word :]
+    assert _cpu.checksum(swapped, word, 0) != whole
+    for bit in range(8 * word):
+        changed = bytearray(data)
+        changed[80 + bit // 8] ^= 1 << bit % 8
+        assert _cpu.checksum(changed, word, 0) != whole
+
+
+#: Scalar, small, one long row, short and long rows of odd length, rows of 16 bytes and more.
+CUT = [(), (3,), (9_000_001,), (3_000_000, 3), (7, 1_300_001), (2, 8, 800_004)]
+
+
+@pytest.mark.parametrize("shape", CUT)
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+def test_no_piece_cuts_a_word(shape: tuple[int, ...], itemsize: int) -> None:
+    dtype = {1: DType.U8, 2: DType.BF16, 4: DType.F32, 8: DType.F64}[itemsize]
+    info = TensorInfo("w", dtype, shape, Path("f"), 0, itemsize * math.prod(shape))
+    operands = (Operand("m", info),) * 3
+    job = TensorJob("w", shape, Action.MERGE, dtype, DType.F32, None, operands)
+    word = word_bytes(shape, itemsize)
+    assert info.n_bytes % word == 0
+    for piece in split(job):
+        assert piece.start * itemsize % word == 0 and piece.bytes_out % word == 0
 
 
 class TestKilled:
