@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def merge_state_dicts(
     resolved = keyword_params(spec, len(operands), base is not None, params)
     first = operands[0] if delta_base is None else delta_base
     jobs: list[tuple[str, ModelTensor, Operands, Any]] = []
-    n_model = sum(_count(t) for t in first.values())
+    n_model = sum(math.prod(t.shape) for t in first.values())
     for key in sorted(first):
         like = first[key]
         buffers = _buffers(key, delta_base, operands)
@@ -295,13 +296,6 @@ def _walks(
                 feed(t, chunk)
 
     return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
-
-
-def _count(tensor: Any) -> int:
-    n = 1
-    for size in tensor.shape:
-        n *= int(size)
-    return n
 
 
 def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:

@@ -95,11 +95,13 @@ def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> No
 
     show = sys.stderr.isatty() and not quiet
     bar: Any = None
+    shown: list[str] = []
 
     def on_plan(plan: Plan) -> None:
         nonlocal bar
         if not quiet:
-            for warning in plan.warnings:
+            shown.extend(plan.warnings)
+            for warning in shown:
                 click.echo(f"warning: {warning}", err=True)
             click.echo(_headline(plan), err=True)
         if show:
@@ -109,6 +111,7 @@ def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> No
 
     def progress(name: str, done: int, total: int) -> None:
         if bar is not None:
+            bar.total = max(total, done)  # a rank cut may take a pass more than planned
             bar.set_postfix_str(name[-40:], refresh=False)
             bar.update(done - bar.n)
 
@@ -124,7 +127,7 @@ def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> No
         if options["resume"]:
             click.echo(_resumed(report), err=True)
         for warning in report.warnings:
-            if warning.endswith("is taken"):
+            if warning not in shown:  # those of the plan stand above
                 click.echo(f"warning: {warning}", err=True)
         click.echo(_summary(report, out), err=True)
 

@@ -24,7 +24,6 @@ from fastmerge.evaluate import (
     ModelTensor,
     Operands,
     bytes_of,
-    copy_into,
     first_nonfinite,
     resolve,
     resolve_model,
@@ -236,10 +235,7 @@ class Engine:
             self._compare(job, operands)
             return operands.experts[0].address
         out = Buffer(region.address + place.result, job.out_dtype, place.piece.n)
-        if job.action is Action.COPY:
-            copy_into(self.kernels, operands.experts[0], operands, out, self.chunk_elements)
-            return out.address
-        walk = self.walks.get(job.name)
+        walk = Copy(0) if job.action is Action.COPY else self.walks.get(job.name)
         if walk is None:
             walk = self._resolve_here(job, operands)
             if place.piece.n < job.n:
@@ -250,8 +246,6 @@ class Engine:
         return out.address
 
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
-        if job.base and not job.experts:
-            return Copy(0)
         assert job.params is not None
         context = job.context(self.plan.seed, self.plan.n_model)
         return resolve(
@@ -285,8 +279,6 @@ class Engine:
 
     def _resolve_model(self, ring: Ring, jobs: list[TensorJob]) -> None:
         """Give every job of a model-scope method its walk, by sweeps over the whole model."""
-        if not jobs:
-            return
         jobs = sorted(jobs, key=lambda j: j.name)
         widths = {len(j.experts) for j in jobs}
         if len(widths) > 1:

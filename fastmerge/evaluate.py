@@ -149,10 +149,10 @@ def run_walk(
 def copy_into(
     kernels: Kernels, source: Buffer, operands: Operands, out: Buffer, limit: int = CHUNK_ELEMENTS
 ) -> bool:
-    """Copy `source`, converting its type when `out` has another one."""
+    """Copy `source`, converting its type when `out` has another one; true if it holds NaN or infinity."""
     if source.dtype is out.dtype:
         ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
-        return False
+        return first_nonfinite(source) is not None
     single = Operands(None, [source], operands.cols, operands.compute, operands.start)
     same = Walk(coefficient=np.ones((1, 1)), add_base=False)
     return run_walk(kernels, same, single, out, limit)

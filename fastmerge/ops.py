@@ -242,7 +242,7 @@ def fused_walk(
     if tuple(target.shape) != tuple(like.shape):
         raise ConflictError(f"out is {list(target.shape)} but the operands are {list(like.shape)}")
     where = buffer_of(target, "out")
-    if where.owner is not target and where.address != _address(target):
+    if where.address != _address(target):  # a copy was made
         raise ConflictError("out is strided; pass a contiguous tensor")
     choose("cpu", backend).walk(walk, chunk, where)
     return target

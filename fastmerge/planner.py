@@ -5,6 +5,7 @@ Pure data: nothing here reads a weight. The engine carries a plan out; `fastmerg
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +81,7 @@ class TensorJob:
 
     @property
     def n(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def cols(self) -> int:
@@ -181,9 +179,10 @@ class Plan:
         return PROCESS_BYTES + self.ring_bytes + self.scratch_bytes
 
     def extra_passes(self, job: TensorJob) -> int:
-        """Reads of a job's operands before its walk: an exact rank cut takes three (float64: five)."""
+        """Reads of a job's operands before its walk, as planned: a rank cut takes two (a bracket that
+        misses costs more), other statistics one."""
         if job.scope is Scope.MODEL or job.name in self.streamed:
-            return 5 if job.compute is DType.F64 else 3
+            return 3
         return 0
 
     def raise_conflicts(self) -> None:

@@ -10,6 +10,7 @@ import enum
 import hashlib
 import importlib
 import importlib.metadata
+import math
 import pkgutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,10 +58,7 @@ class TensorContext:
 
     @property
     def n(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def cols(self) -> int:

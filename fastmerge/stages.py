@@ -87,7 +87,7 @@ class RankedDrop:
 
     q is the rank of |delta| in its row or tensor scaled to [0, 1] (`by="rank"`; equal magnitudes: the lower
     index has the lower rank), or |delta| itself scaled between the unit's extremes (`by="value"`). A unit
-    of length 1 takes the midpoint. Experts whose low >= 1 keep everything.
+    of length 1 takes the midpoint by rank, the low end by value. Experts whose low >= 1 keep everything.
     """
 
     low: Sequence[float]

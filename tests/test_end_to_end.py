@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -295,6 +296,37 @@ def test_nonfinite_inputs_are_named_or_carried(tmp_path: Path) -> None:
     w = families.load(tmp_path / "out")["w"]
     assert not torch.isfinite(w[3, 21:23]).any()
     assert torch.isfinite(w).sum() == w.numel() - 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nonfinite_values_are_refused_in_copies_too(dtype: str, tmp_path: Path) -> None:
+    """A tensor that is only copied, converted or not, is an input like any other."""
+    families.write_family(tmp_path, {"w": (9, 100), "only": (40,)}, torch.bfloat16, n_experts=2)
+    state = families.load(tmp_path / "e1")
+    state["only"][7] = float("inf")
+    families.write_model(tmp_path / "e1", state)
+    for m in ("base", "e2"):
+        rest = families.load(tmp_path / m)
+        families.write_model(tmp_path / m, {"w": rest["w"]})
+    passthrough = f"merge_method: passthrough\nmodels: [{{model: ./e1}}]\ndtype: {dtype}\n"
+    single = families.recipe("nuslerp", dtype=dtype)
+    for text in (passthrough, single):
+        options = {"allow_missing": True}
+        with pytest.raises(
+            NonFiniteError, match=r"'only' of './e1' holds NaN or infinity at flat index 7;"
+        ):
+            merged(tmp_path, text, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        merged(tmp_path, text, tmp_path / "out", nan_policy="propagate", **options)
+        assert torch.isinf(families.load(tmp_path / "out")["only"][7])
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_strided_output_is_refused_in_one_line() -> None:
+    with pytest.raises(ConflictError, match="out is strided"):
+        fastmerge.ops.fused_walk(
+            None, [torch.ones(4, 6)], Walk(np.ones((1, 1)), add_base=False), out=torch.empty(6, 4).T
+        )
 
 
 def test_a_head_that_differs_unties_the_config(tmp_path: Path) -> None:

@@ -116,23 +116,6 @@ py::array_t<T> to_array(const std::vector<T>& v, std::vector<py::ssize_t> shape)
     return out;
 }
 
-int64_t find_nonfinite(uintptr_t address, int code, int64_t n) {
-    const void* expert[1] = {reinterpret_cast<const void*>(address)};
-    const DType type[1] = {dtype_of(code)};
-    Operands in;
-    in.expert = expert, in.expert_type = type, in.n_experts = 1, in.n = n;
-    const bool f64 = type[0] == DType::F64;
-    const uint64_t inf = f64 ? uint64_t(generic::KeyOf<double>::inf) : generic::KeyOf<float>::inf;
-    uint64_t keys[1024];
-    for (int64_t a = 0; a < n; a += 1024) {
-        const int64_t b = std::min<int64_t>(n, a + 1024);
-        kernels().keys(in, 0, f64, a, b, keys);
-        for (int64_t i = a; i < b; ++i)
-            if (keys[i - a] >= inf) return i;
-    }
-    return -1;
-}
-
 /// Page-aligned anonymous memory, huge pages where the kernel gives them, returned to it when freed.
 class Arena {
   public:
@@ -257,7 +240,6 @@ PYBIND11_MODULE(_cpu, m) {
             return to_array(v, {py::ssize_t(s.pairs()), py::ssize_t(s.units())});
         });
 
-    m.def("find_nonfinite", &find_nonfinite, py::call_guard<nogil>());
     m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
         const generic::Philox4 r = generic::philox4x32_10(c0, c1, c2, c3, k0, k1);
         return py::make_tuple(r.w[0], r.w[1], r.w[2], r.w[3]);

@@ -119,11 +119,10 @@ struct DrawRule {
 /// @param inv     [BLOCK] the drop's rescale factors, written when it rescales
 /// @return whether `inv` was written
 template <class Real>
-inline bool keep_block(const Keep& plan, int64_t cols, int K, int k, int64_t chunk_start, int64_t i, int m,
+inline bool keep_block(const Keep& plan, int64_t cols, int k, int64_t chunk_start, int64_t i, int m,
                        const Real* d, const Mask<Real>* select, const double* p_rank, Mask<Real>* keep,
                        Real* inv) {
     const int64_t first = chunk_start + i;
-    (void)K;
     for (int j = 0; j < BLOCK; ++j) keep[j] = ~Mask<Real>(0);
     if (plan.trim.value) {
         const int64_t at = k * plan.trim.units + unit_of(plan.trim.axis, first, cols);

@@ -67,7 +67,7 @@ inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ran
         }
         double p[BLOCK];
         if (keep.drop == DropKind::Ranked) rank_probability(keep, in, ranks, k, i, m, d, p);
-        const bool scaled = keep_block(keep, in.cols, in.n_experts, k, in.start, i, m, d,
+        const bool scaled = keep_block(keep, in.cols, k, in.start, i, m, d,
                                        keep.select.value ? select : nullptr, p, kept, inv);
         for (int j = 0; j < BLOCK; ++j) v[j] = d[j];
         zero_dropped<Real>(kept, v);

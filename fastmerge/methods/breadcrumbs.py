@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fastmerge.methods.deltas import (
-    GAMMA,
-    delta_params,
-    elected_sum,
-    norm_factors,
-    per_expert,
-    plain_sum,
-)
+from fastmerge.methods.deltas import GAMMA, delta_params, sparse_walk
 from fastmerge.methods.oracle_deltas import (
     consensus_sum,
     deltas_of,
@@ -23,7 +14,7 @@ from fastmerge.methods.oracle_deltas import (
     weighted_sum,
 )
 from fastmerge.registry import Param, Params, Recipe, Scope, TensorContext, method
-from fastmerge.stages import F64, Cut, Elect, Keep, OrderStatistic, Statistic, Trim, Walk
+from fastmerge.stages import Cut, Keep, OrderStatistic, Statistic, Trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,15 +60,7 @@ def _trim(params: Params, context: TensorContext) -> Generator[Statistic, Any, T
 
 def _recipe(params: Params, context: TensorContext, elects: bool) -> Recipe:
     keep = Keep(trim=(yield from _trim(params, context)))
-    factor: F64 = np.ones(context.n_experts)
-    if params.rescale:
-        factor = yield from norm_factors(keep, params.density)
-    return Walk(
-        per_expert(np.asarray(params.weight, np.float64) * factor),
-        keep=keep,
-        elect=Elect() if elects else None,
-        combine=elected_sum(params) if elects else plain_sum(params),
-    )
+    return (yield from sparse_walk(params, keep, elects, "l1" if params.rescale else None))
 
 
 @method(

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastmerge.errors import RecipeError
-from fastmerge.methods.deltas import (
-    RESCALE_MODE,
-    delta_params,
-    elected_sum,
-    norm_factors,
-    per_expert,
-    plain_sum,
-)
+from fastmerge.methods.deltas import RESCALE_MODE, delta_params, sparse_walk
 from fastmerge.methods.oracle_deltas import (
     consensus_sum,
     deltas_of,
@@ -25,7 +16,7 @@ from fastmerge.methods.oracle_deltas import (
 )
 from fastmerge.methods.oracle_draws import ranked_keep_draw
 from fastmerge.registry import Param, Params, Recipe, Scope, TensorContext, method
-from fastmerge.stages import F64, Axis, Elect, Keep, RankedDrop, Walk
+from fastmerge.stages import Axis, Keep, RankedDrop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,15 +87,8 @@ def _recipe(params: Params, context: TensorContext, elects: bool) -> Recipe:
         rescale=inverse,
     )
     keep = Keep(drop=drop, given=context.given)
-    factor: F64 = np.ones(context.n_experts)
-    if params.rescale and not inverse:
-        factor = yield from norm_factors(keep, params.density, params.rescale_mode)
-    return Walk(
-        per_expert(np.asarray(params.weight, np.float64) * factor),
-        keep=keep,
-        elect=Elect() if elects else None,
-        combine=elected_sum(params) if elects else plain_sum(params),
-    )
+    norm = params.rescale_mode if params.rescale and not inverse else None
+    return (yield from sparse_walk(params, keep, elects, norm))
 
 
 @method(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastmerge.registry import REQUIRED, Param, Params, Recipe, RecipeFunction, TensorContext
-from fastmerge.stages import F64, Combine, Copy, Keep, MomentResult, Moments, Statistic, Walk
+from fastmerge.stages import F64, Combine, Copy, Elect, Keep, MomentResult, Moments, Statistic, Walk
 
 #: Norms and divisors below these are not divided by.
 SMALLEST_NORM = 1e-7
@@ -97,3 +97,18 @@ def elected_sum(params: Params) -> Combine:
     if not params.normalize:
         return Combine(lambda_=params.lambda_)
     return Combine(divide_by="weight", divisor_weight=params.weight, lambda_=params.lambda_)
+
+
+def sparse_walk(
+    params: Params, keep: Keep, elects: bool, norm: str | None
+) -> Generator[Statistic, Any, Walk]:
+    """Return the walk of sparsified deltas: `norm` restored (None: not), then summed or elected."""
+    factor: F64 = np.ones(len(params.weight))
+    if norm is not None:
+        factor = yield from norm_factors(keep, params.density, norm)
+    return Walk(
+        per_expert(np.asarray(params.weight, np.float64) * factor),
+        keep=keep,
+        elect=Elect() if elects else None,
+        combine=elected_sum(params) if elects else plain_sum(params),
+    )
