@@ -13,11 +13,12 @@ from fastmerge.card import hub_id, model_card
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
-from fastmerge.errors import ConflictError, RecipeError
+from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
 from fastmerge.evaluate import (
     CHUNK_ELEMENTS,
     ModelTensor,
     Operands,
+    first_nonfinite,
     resolve,
     resolve_model,
     run_walk,
@@ -107,8 +108,7 @@ def merge(
     Raises:
         MergeError: anything the caller can mend, in one line.
     """
-    if nan_policy not in ("error", "propagate"):
-        raise RecipeError(f"nan_policy must be error or propagate, got {nan_policy!r}")
+    _check_nan_policy(nan_policy)
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -147,6 +147,11 @@ def merge(
         folder.commit(texts, copies)
     report.warnings = decided.warnings + report.warnings
     return report
+
+
+def _check_nan_policy(nan_policy: str) -> None:
+    if nan_policy not in ("error", "propagate"):
+        raise RecipeError(f"nan_policy must be error or propagate, got {nan_policy!r}")
 
 
 def _companions(
@@ -208,6 +213,7 @@ def merge_tensors(
     seed: int = 0,
     name: str = "tensor",
     masks: Sequence[Any] | None = None,
+    nan_policy: str = "error",
     chunk_elements: int = CHUNK_ELEMENTS,
     **params: Any,
 ) -> ops.Tensor:
@@ -220,10 +226,12 @@ def merge_tensors(
         method: a name from `methods()`; params: its parameters, per-expert ones as one value or a list.
         seed, name: of the random drops; the same name and seed give the mask that a file merge draws.
         masks: keep masks instead of random draws, one per expert, nonzero keeps.
+        nan_policy: error refuses NaN and infinity in the operands, propagate carries them through.
     Returns:
         Same kind and shape; dtype of base, or of the first expert.
     Raises:
         RecipeError: unknown method or parameter, value out of bounds. ConflictError: shapes or dtypes.
+        NonFiniteError: NaN or infinity in an operand; names it and the first flat index.
     """
     merged = merge_state_dicts(
         None if base is None else {name: base},
@@ -232,6 +240,7 @@ def merge_tensors(
         backend=backend,
         seed=seed,
         masks=None if masks is None else {name: masks},
+        nan_policy=nan_policy,
         chunk_elements=chunk_elements,
         **params,
     )
@@ -246,10 +255,12 @@ def merge_state_dicts(
     backend: str | None = None,
     seed: int = 0,
     masks: Mapping[str, Sequence[Any]] | None = None,
+    nan_policy: str = "error",
     chunk_elements: int = CHUNK_ELEMENTS,
     **params: Any,
 ) -> dict[str, ops.Tensor]:
     """Merge whole state dicts in memory; see `merge_tensors`. All must hold the same names."""
+    _check_nan_policy(nan_policy)
     spec = get(method)
     kernels = ops.choose("cpu", backend)
     delta_base, operands = _spec_operands(spec, base, experts)
@@ -276,7 +287,9 @@ def merge_state_dicts(
     for (key, _, held, like), walk in zip(jobs, walks, strict=True):
         dtype = (held.base or held.experts[0]).dtype
         out[key] = ops.empty_like(like, dtype)
-        run_walk(kernels, walk, held, ops.buffer_of(out[key], key), chunk_elements)
+        bad = run_walk(kernels, walk, held, ops.buffer_of(out[key], key), chunk_elements)
+        if bad and nan_policy == "error":
+            _refuse_nonfinite(key, held)
     return {key: out[key] for key in first}
 
 
@@ -296,6 +309,17 @@ def _walks(
                 feed(t, chunk)
 
     return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
+
+
+def _refuse_nonfinite(key: str, held: Operands) -> None:
+    labels = (["base"] if held.base else []) + [f"experts[{k}]" for k in range(len(held.experts))]
+    for label, buffer in zip(labels, held.operands, strict=True):
+        index = first_nonfinite(buffer)
+        if index is not None:
+            raise NonFiniteError(
+                f"{key!r} of {label} holds NaN or infinity at flat index {index}; "
+                "mend it or give nan_policy='propagate'"
+            )
 
 
 def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:

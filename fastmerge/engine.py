@@ -266,8 +266,7 @@ class Engine:
                     self.report.warnings.append(text)
 
     def _refuse_nonfinite(self, job: TensorJob, operands: Operands) -> None:
-        buffers = ([operands.base] if operands.base else []) + list(operands.experts)
-        for operand, buffer in zip(job.operands, buffers, strict=True):
+        for operand, buffer in zip(job.operands, operands.operands, strict=True):
             index = first_nonfinite(buffer)
             if index is not None:
                 raise NonFiniteError(

@@ -53,6 +53,11 @@ class Operands:
     def n(self) -> int:
         return self.experts[0].n if self.experts else self.base.n if self.base else 0
 
+    @property
+    def operands(self) -> list[Buffer]:
+        """The base, if there is one, and the experts."""
+        return ([self.base] if self.base else []) + list(self.experts)
+
     def chunks(
         self, size: Grain, limit: int, with_base: bool = True
     ) -> Iterator[tuple[int, Chunk]]:
@@ -137,8 +142,7 @@ def run_walk(
 ) -> bool:
     """Run a walk over operands in memory into `out`; true if an operand held NaN or infinity."""
     if isinstance(walk, Copy):
-        source = ([operands.base] if operands.base else []) + list(operands.experts)
-        return copy_into(kernels, source[walk.index], operands, out, limit)
+        return copy_into(kernels, operands.operands[walk.index], operands, out, limit)
     bad = False
     for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
         cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)

@@ -322,6 +322,19 @@ def test_nonfinite_values_are_refused_in_copies_too(dtype: str, tmp_path: Path) 
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "passthrough"])
+def test_nonfinite_tensors_are_refused_in_memory(method: str) -> None:
+    base, expert = torch.ones(5), torch.tensor([1.0, 2.0, float("nan"), 4.0, 5.0])
+    origin = base if method == "ties" else None
+    params = {} if method == "passthrough" else {"weight": 1.0}
+    with pytest.raises(
+        NonFiniteError, match=r"experts\[0\] holds NaN or infinity at flat index 2;"
+    ):
+        fastmerge.merge_tensors(origin, [expert], method=method, **params)
+    got = fastmerge.merge_tensors(origin, [expert], method=method, nan_policy="propagate", **params)
+    assert torch.isnan(got).tolist() == [False, False, True, False, False]
+
+
 def test_strided_output_is_refused_in_one_line() -> None:
     with pytest.raises(ConflictError, match="out is strided"):
         fastmerge.ops.fused_walk(
