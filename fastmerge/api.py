@@ -27,6 +27,7 @@ from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
+from fastmerge.sources import Io
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -84,6 +85,8 @@ def merge(
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
     threads: int = 0,
+    io: Io | str = Io.AUTO,
+    fsync: bool = True,
     chunk_elements: int = CHUNK_ELEMENTS,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -102,6 +105,9 @@ def merge(
         seed: of the random drops; a draw depends on (seed, tensor, expert, element) alone.
         nan_policy: error refuses NaN and infinity in inputs, propagate carries them through.
         threads: of the kernels; 0 takes what the process may use.
+        io: how bytes move, see `sources.Io`; results do not depend on it.
+        fsync: wait for the disk before the folder becomes a model. Without, a power cut soon afterwards may
+            leave wrong bytes; a killed process never does.
         chunk_elements: elements of one kernel call; results do not depend on it.
         progress: called with (tensor name, bytes done, bytes in all).
         on_plan: called with the plan before work starts.
@@ -109,6 +115,7 @@ def merge(
         MergeError: anything the caller can mend, in one line.
     """
     _check_nan_policy(nan_policy)
+    how = _io(io)
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -128,7 +135,14 @@ def merge(
     inputs = [c.path for c in decided.checkpoints]
     bound = binding(decided, nan_policy, parse_size(str(out_shard_size)))
     output = OutputFolder(
-        Path(out), decided.layout, force=force, inputs=inputs, binding=bound, resume=resume
+        Path(out),
+        decided.layout,
+        force=force,
+        inputs=inputs,
+        binding=bound,
+        resume=resume,
+        direct=how is not Io.BUFFERED,
+        sync=fsync,
     )
     with output as folder:
         engine = Engine(
@@ -137,6 +151,7 @@ def merge(
             folder,
             nan_policy=nan_policy,
             strict=strict,
+            io=how,
             chunk_elements=chunk_elements,
             progress=progress,
         )
@@ -147,6 +162,13 @@ def merge(
         folder.commit(texts, copies)
     report.warnings = decided.warnings + report.warnings
     return report
+
+
+def _io(io: Io | str) -> Io:
+    try:
+        return Io(io)
+    except ValueError:
+        raise RecipeError(f"io must be one of {', '.join(Io)}, got {io!r}") from None
 
 
 def _check_nan_policy(nan_policy: str) -> None:

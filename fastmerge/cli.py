@@ -87,6 +87,14 @@ def _accept_no_ops(function: F) -> F:
 @click.option("--write-model-card/--no-write-model-card", default=True,
               help="Write README.md and mergekit_config.yml.")  # fmt: skip
 @click.option("-j", "--threads", "--num-threads", default=0, help="Kernel threads.  [default: all]")
+@click.option(
+    "--io",
+    type=click.Choice(["auto", "mmap", "direct", "buffered"]),
+    default="auto",
+    show_default=True,
+    help="How bytes move: mapped or past the page cache, or through it.",
+)
+@click.option("--fsync/--no-fsync", default=True, help="Wait for the disk before finishing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_accept_no_ops
 def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> None:

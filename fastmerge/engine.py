@@ -1,14 +1,14 @@
 """Carry out a plan: read, statistics, fused walk, write, overlapped, in the memory the plan allows.
 
-One tensor's way: its operands are read into a region of the ring (`_loads`), its recipe is run to a walk
-(`evaluate.resolve`), the walk fills the region's output part, and the region's writes go to the
-tensor's final
-offset in its shard. Tensors too large for the ring, and methods with statistics over the model, get their
-walk in earlier sweeps over the same files.
+One tensor's way: its operands come into memory (`_sweep`), its recipe is run to a walk (`_resolve_here`),
+the walk is run part by part (`_merge_part`), and each part is written to its final offset in its shard.
+Tensors too large for memory, and methods with statistics over the model, get their walk in earlier sweeps
+over the same files.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -37,11 +37,13 @@ from fastmerge.planner import (
     Plan,
     TensorJob,
     WorkItem,
+    results_of,
     split,
     work_items,
 )
 from fastmerge.registry import Scope
-from fastmerge.ring import ALIGNMENT, Region, Ring, Segment
+from fastmerge.ring import Place, Reader, Run, Writer
+from fastmerge.sources import Io, Sources
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
@@ -65,21 +67,14 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Place:
-    """Where one piece's bytes lie in its region: offsets of each operand and of the result."""
-
-    piece: Piece
-    operands: list[int]
-    result: int
-
-
 class Output(Protocol):
     """Where results go: a descriptor per shard and, where kept, the journal of what is written."""
 
     journal: Journal | None
 
     def fd(self, shard: int) -> int: ...
+
+    def direct_fd(self, shard: int) -> int: ...
 
 
 class Engine:
@@ -94,12 +89,13 @@ class Engine:
         only: Collection[str] | None = None,
         nan_policy: str = "error",
         strict: bool = False,
+        io: Io = Io.AUTO,
         chunk_elements: int = CHUNK_ELEMENTS,
         progress: Progress | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
         self.only = only
-        self.nan_policy, self.strict = nan_policy, strict
+        self.nan_policy, self.strict, self.io = nan_policy, strict, io
         self.chunk_elements = chunk_elements
         self.progress = progress
         self.report = Report(backend=kernels.name)
@@ -110,22 +106,32 @@ class Engine:
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
         start = time.perf_counter()
-        jobs = self.plan.jobs
-        with Ring(self.plan.ring_bytes) as ring:
-            over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
-            if any(self._left(j) for j in over_model):
-                self._resolve_model(ring, over_model)
-            items = self._skipping(work_items(self.plan, jobs))
-            for places, region in self._sweep(ring, items):
-                self._merge_item(ring, region, places)
-            for job in jobs:
-                if job.name in self.plan.streamed and self._left(job):
-                    self._merge_streamed(ring, job)
+        files = {o.info.file for j in self.plan.jobs for o in j.operands}
+        self.reader = Reader(Sources(sorted(files), self.io), self.plan.operand_bytes)
+        self.writer = Writer(self.plan.result_bytes)
+        try:
+            self._merge_all()
+        finally:
+            self.reader.close()
+            self.writer.close()
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
-        self.report.n_tensors = len(jobs)
+        self.report.n_tensors = len(self.plan.jobs)
         self.report.seconds = time.perf_counter() - start
         return self.report
+
+    def _merge_all(self) -> None:
+        jobs = self.plan.jobs
+        over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
+        if any(self._left(j) for j in over_model):
+            self._resolve_model(over_model)
+        for item, operands in self._sweep(self._skipping(work_items(self.plan, jobs))):
+            for piece, held in zip(item.pieces, operands, strict=True):
+                self._merge(piece, held)
+        for job in jobs:
+            if job.name in self.plan.streamed and self._left(job):
+                self._merge_streamed(job)
+        self.writer.drain()
 
     @staticmethod
     def _scope(job: TensorJob) -> Scope | None:
@@ -157,93 +163,70 @@ class Engine:
 
     # ---- reading -----------------------------------------------------------------------------------
 
-    def _sweep(
-        self, ring: Ring, items: Iterator[WorkItem], with_result: bool = True
-    ) -> Iterator[tuple[list[_Place], Region]]:
-        loads = (self._load(ring, item, with_result) for item in items)
-        for places, region in ring.sweep(loads):
-            yield places, region
-            read = sum(p.piece.bytes_in for p in places)
-            self.report.bytes_read += read
+    def _sweep(self, items: Iterator[WorkItem]) -> Iterator[tuple[WorkItem, list[Operands]]]:
+        """Yield the items, each with its pieces' operands in memory."""
+        for item, addresses in self.reader.sweep((item, _runs(item)) for item in items):
+            yield item, list(_operands(item, addresses))
+            self.report.bytes_read += sum(p.bytes_in for p in item.pieces)
             if self.progress:
-                name = places[-1].piece.job.name
+                name = item.pieces[-1].job.name
                 self.progress(name, self.report.bytes_read + self._passed, self.plan.bytes_read)
-
-    def _load(
-        self, ring: Ring, item: WorkItem, with_result: bool
-    ) -> tuple[list[_Place], int, list[Segment]]:
-        """Lay an item's operands and results out in memory; return the places, size and reads."""
-        places: list[_Place] = []
-        segments: list[Segment] = []
-        at = 0
-        for piece in item.pieces:
-            place = _Place(piece, [], 0)
-            for operand in piece.job.operands:
-                info = operand.info
-                size = info.dtype.itemsize
-                segments.append(
-                    (ring.file(info.file), info.offset + piece.start * size, piece.n * size, at)
-                )
-                place.operands.append(at)
-                at = _aligned(at + piece.n * size)
-            if with_result:
-                place.result = at
-                at = _aligned(at + piece.bytes_out)
-            places.append(place)
-        return places, at, segments
-
-    def _operands(self, place: _Place, region: Region) -> Operands:
-        piece = place.piece
-        buffers = [
-            Buffer(region.address + at, o.info.dtype, piece.n)
-            for at, o in zip(place.operands, piece.job.operands, strict=True)
-        ]
-        base = buffers.pop(0) if piece.job.base else None
-        return Operands(base, buffers, piece.job.cols, piece.job.compute, piece.start)
 
     # ---- merging -----------------------------------------------------------------------------------
 
-    def _merge_item(self, ring: Ring, region: Region, places: Sequence[_Place]) -> None:
-        writes: list[Segment] = []
-        words: list[tuple[int, int]] = []
-        for place in places:
-            job, piece = place.piece.job, place.piece
-            result = self._merge_piece(place, region)
-            shard, info = self.places[job.name]
-            start = piece.start * job.out_dtype.itemsize
-            n_bytes = piece.bytes_out
-            writes.append((self.out.fd(shard), info.offset + start, n_bytes, result))
-            words.append((word_bytes(job.shape, job.out_dtype.itemsize), start))
-            self.report.bytes_written += n_bytes
-        journal = self.out.journal
-        if journal is None:
-            ring.write(region, writes)
-            return
-        names = [place.piece.job.name for place in places]
-
-        def written(sums: list[int]) -> None:
-            parts = zip(names, words, writes, sums, strict=True)
-            journal.add([(name, word[1], write[2], s) for name, word, write, s in parts])
-
-        ring.write(region, writes, words, written)
-
-    def _merge_piece(self, place: _Place, region: Region) -> int:
-        """Merge one piece in memory and return the address of its result."""
-        job = place.piece.job
-        operands = self._operands(place, region)
+    def _merge(self, piece: Piece, operands: Operands) -> None:
+        """Merge what is in memory of a job: all of it, or the piece its walk is known for."""
+        job = piece.job
         if job.action is Action.COPY_EQUAL:
             self._compare(job, operands)
-            return operands.experts[0].address
-        out = Buffer(region.address + place.result, job.out_dtype, place.piece.n)
-        walk = Copy(0) if job.action is Action.COPY else self.walks.get(job.name)
-        if walk is None:
-            walk = self._resolve_here(job, operands)
-            if place.piece.n < job.n:
-                self.walks[job.name] = walk
-        bad = run_walk(self.kernels, walk, operands, out, self.chunk_elements)
-        if bad and self.nan_policy == "error":
-            self._refuse_nonfinite(job, operands)
-        return out.address
+            walk: Walk | Copy = Copy(0)
+        elif job.action is Action.COPY:
+            walk = Copy(0)
+        else:
+            walk = self.walks.get(job.name) or self._resolve_here(job, operands)
+        if piece.n < job.n:
+            self.walks[job.name] = walk
+        for part in results_of(job):
+            if piece.start <= part.start < piece.start + piece.n and not self._keeps(part):
+                first = part.start - piece.start
+                self._merge_part(part, walk, operands.slice(first, first + part.n))
+
+    def _keeps(self, part: Piece) -> bool:
+        """Return whether a part of a tensor whose other parts are left is written already."""
+        if part.n < part.job.n and self._is_done(part):
+            self.report.bytes_kept += part.bytes_out
+            return True
+        return False
+
+    def _merge_part(self, part: Piece, walk: Walk | Copy, operands: Operands) -> None:
+        job = part.job
+        shard, info = self.places[job.name]
+        size = job.out_dtype.itemsize
+        start, word = part.start * size, word_bytes(job.shape, size)
+        place = Place(
+            self.out.fd(shard),
+            self.out.direct_fd(shard),
+            info.offset + start,
+            part.bytes_out,
+            word,
+            start,
+        )
+        out = Buffer(self.writer.reserve(place), job.out_dtype, part.n)
+        if job.action is Action.COPY_EQUAL:
+            ctypes.memmove(out.address, operands.experts[0].address, part.bytes_out)
+        else:
+            bad = run_walk(self.kernels, walk, operands, out, self.chunk_elements)
+            if bad and self.nan_policy == "error":
+                self._refuse_nonfinite(job, operands)
+        self.reader.sources.check()
+        journal = self.out.journal
+
+        def written(checksum: int) -> None:
+            if journal is not None:
+                journal.add([(job.name, start, part.bytes_out, checksum)])
+
+        self.writer.write(out.address, place, written)
+        self.report.bytes_written += part.bytes_out
 
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         assert job.params is not None
@@ -276,7 +259,7 @@ class Engine:
 
     # ---- statistics that need sweeps of their own ----------------------------------------------------
 
-    def _resolve_model(self, ring: Ring, jobs: list[TensorJob]) -> None:
+    def _resolve_model(self, jobs: list[TensorJob]) -> None:
         """Give every job of a model-scope method its walk, by sweeps over the whole model."""
         jobs = sorted(jobs, key=lambda j: j.name)
         widths = {len(j.experts) for j in jobs}
@@ -296,15 +279,14 @@ class Engine:
         def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
             pieces = (p for t in sorted(wanted) for p in split(jobs[t]))
             items = (WorkItem((p,)) for p in pieces)
-            for places, region in self._sweep(ring, items, with_result=False):
-                operands = self._operands(places[0], region)
+            for item, (operands,) in self._sweep(items):
                 for _, chunk in operands.chunks(size, self.chunk_elements):
-                    feed(index[places[0].piece.job.name], chunk)
+                    feed(index[item.pieces[0].job.name], chunk)
 
         walks = resolve_model(self.kernels, self.plan.spec, tensors, visit)
         self.walks.update({job.name: walk for job, walk in zip(jobs, walks, strict=True)})
 
-    def _merge_streamed(self, ring: Ring, job: TensorJob) -> None:
+    def _merge_streamed(self, job: TensorJob) -> None:
         """Merge a tensor too large for the ring: one sweep per statistic pass, then one for the walk."""
         assert job.params is not None
         recipe = self.plan.spec.recipe(job.params, job.context(self.plan.seed, self.plan.n_model))
@@ -315,17 +297,16 @@ class Engine:
             except StopIteration as stop:
                 self.walks[job.name] = stop.value
                 break
-            answer = self._stream_statistic(ring, job, request)
+            answer = self._stream_statistic(job, request)
         items = self._skipping(WorkItem((p,)) for p in split(job))
-        for places, region in self._sweep(ring, items):
-            self._merge_item(ring, region, places)
+        for item, (operands,) in self._sweep(items):
+            self._merge(item.pieces[0], operands)
 
-    def _stream_statistic(self, ring: Ring, job: TensorJob, request: Statistic) -> object:
+    def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
         sweep = self.kernels.sweep(request, job.n, job.cols, len(job.experts), job.compute)
         while True:
             items = (WorkItem((p,)) for p in split(job))
-            for places, region in self._sweep(ring, items, with_result=False):
-                operands = self._operands(places[0], region)
+            for _, (operands,) in self._sweep(items):
                 delta = getattr(request, "delta", True)
                 for _, chunk in operands.chunks(grain(request), self.chunk_elements, delta):
                     sweep.feed(chunk)
@@ -333,8 +314,25 @@ class Engine:
                 return sweep.result()
 
 
-def _aligned(n: int) -> int:
-    return -(-n // ALIGNMENT) * ALIGNMENT
+def _runs(item: WorkItem) -> list[Run]:
+    """Return the runs of bytes that hold an item's operands, piece by piece."""
+    runs = []
+    for piece in item.pieces:
+        for operand in piece.job.operands:
+            size = operand.info.dtype.itemsize
+            first = operand.info.offset + piece.start * size
+            runs.append((operand.info.file, first, piece.n * size))
+    return runs
+
+
+def _operands(item: WorkItem, addresses: Sequence[int]) -> Iterator[Operands]:
+    """Yield each piece's operands; addresses are in the order of `_runs`."""
+    at = iter(addresses)
+    for piece in item.pieces:
+        job = piece.job
+        buffers = [Buffer(next(at), o.info.dtype, piece.n) for o in job.operands]
+        base = buffers.pop(0) if job.base else None
+        yield Operands(base, buffers, job.cols, job.compute, piece.start)
 
 
 def head_differs(plan: Plan, out: Output) -> bool:

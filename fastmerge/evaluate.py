@@ -58,6 +58,16 @@ class Operands:
         """The base, if there is one, and the experts."""
         return ([self.base] if self.base else []) + list(self.experts)
 
+    def slice(self, a: int, b: int) -> Operands:
+        """Return elements [a, b) of these."""
+        return Operands(
+            self.base.slice(a, b) if self.base else None,
+            [e.slice(a, b) for e in self.experts],
+            self.cols,
+            self.compute,
+            self.start + a,
+        )
+
     def chunks(
         self, size: Grain, limit: int, with_base: bool = True
     ) -> Iterator[tuple[int, Chunk]]:

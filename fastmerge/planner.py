@@ -25,12 +25,17 @@ from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError, RecipeError
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
+from fastmerge.ring import BLOCK, READ_AHEAD, room
 
 MIB = 1 << 20
 
 #: Input bytes of one work item: large enough for the disk, small enough to stay in a last-level cache.
 ITEM_BYTES = 16 * MIB
 ITEM_TENSORS = 256
+
+#: Results that wait to be written, at most, and the least memory for them.
+WRITE_BEHIND = 4
+RESULT_BYTES = 4 * MIB
 
 #: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 50 MiB).
 PROCESS_BYTES = 56 * MIB
@@ -95,6 +100,11 @@ class TensorJob:
     def bytes_out(self) -> int:
         return self.n * self.out_dtype.itemsize
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensor should be in memory at once."""
+        return self.action is Action.MERGE and self.scope in (Scope.TENSOR, Scope.WHOLE)
+
     def context(self, seed: int, n_model: int) -> TensorContext:
         return TensorContext(
             self.name, self.shape, len(self.experts), self.base is not None, seed, n_model
@@ -126,8 +136,8 @@ class WorkItem:
 
     @property
     def memory(self) -> int:
-        """Bytes of ring memory: operands and result, each aligned to a cache line."""
-        return sum(p.bytes_in + p.bytes_out + 64 * (len(p.job.operands) + 1) for p in self.pieces)
+        """Bytes of ring memory that the operands take."""
+        return sum(room(p.n * o.info.dtype.itemsize) for p in self.pieces for o in p.job.operands)
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,8 @@ class Plan:
     layout: Layout | None
     seed: int
     max_memory: int
-    ring_bytes: int = 0
+    operand_bytes: int = 0  # of memory, for operands
+    result_bytes: int = 0
     scratch_bytes: int = 0
     n_model: int = 0
     allow_missing: bool = False
@@ -176,7 +187,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        return PROCESS_BYTES + self.ring_bytes + self.scratch_bytes
+        return PROCESS_BYTES + self.operand_bytes + self.result_bytes + self.scratch_bytes
 
     def extra_passes(self, job: TensorJob) -> int:
         """Reads of a job's operands before its walk, as planned: a rank cut takes two (a bracket that
@@ -451,27 +462,33 @@ def _scratch(jobs: Sequence[TensorJob]) -> int:
 
 
 def _fit_memory(plan: Plan) -> None:
-    """Choose the ring's size and which tensors are too large to be held whole."""
+    """Choose the rings' sizes and which tensors are too large to be held whole."""
+    if not plan.jobs:
+        return
     plan.scratch_bytes = _scratch(plan.jobs)
-    available = plan.max_memory - PROCESS_BYTES - plan.scratch_bytes
-    least = 2 * ITEM_BYTES
-    if available < least and plan.jobs:
-        needed = PROCESS_BYTES + plan.scratch_bytes + least
+    results = max((p.bytes_out + 2 * BLOCK for j in plan.jobs for p in results_of(j)), default=0)
+    plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
+    fixed = PROCESS_BYTES + plan.scratch_bytes + plan.result_bytes
+    available = plan.max_memory - fixed
+    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole}
+    held = [whole[j.name] for j in plan.jobs if j.is_whole and j.scope is Scope.WHOLE]
+    least = max([2 * ITEM_BYTES, *held])
+    if available < least:
         raise RecipeError(
             f"max-memory of {plan.max_memory // MIB} MiB is too little for this merge; "
-            f"give at least {-(-needed // MIB)} MiB"
+            f"give at least {-(-(fixed + least) // MIB)} MiB"
         )
-    whole, streamed = 0, set()
-    for job in plan.jobs:
-        if job.action is Action.MERGE and job.scope is Scope.TENSOR:
-            size = WorkItem((Piece(job, 0, job.n),)).memory
-            if size > available:
-                streamed.add(job.name)
-            else:
-                whole = max(whole, size)
-    plan.streamed = frozenset(streamed)
+    plan.streamed = frozenset(name for name, size in whole.items() if size > available)
     largest = max((i.memory for i in work_items(plan, plan.jobs)), default=0)
-    plan.ring_bytes = min(available, max(whole, largest) + 4 * ITEM_BYTES) if plan.jobs else 0
+    plan.operand_bytes = min(available, largest + READ_AHEAD * ITEM_BYTES)
+
+
+def results_of(job: TensorJob) -> Iterator[Piece]:
+    """Cut a job into the pieces that its walk is run and written in."""
+    if job.is_whole and job.scope is Scope.WHOLE:
+        yield Piece(job, 0, job.n)
+    else:
+        yield from split(job)
 
 
 def split(job: TensorJob, item_bytes: int = ITEM_BYTES) -> Iterator[Piece]:
@@ -500,7 +517,7 @@ def work_items(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[WorkItem]:
             batch, size = [], 0
         if whole:
             batch, size = [Piece(job, 0, job.n)], job.bytes_in
-        elif job.action is Action.MERGE and job.scope is Scope.TENSOR:
+        elif job.is_whole:
             yield WorkItem((Piece(job, 0, job.n),))
         else:
             yield from (WorkItem((piece,)) for piece in split(job))

@@ -30,6 +30,7 @@ class Scope(enum.Enum):
 
     ELEMENT = "element"  # any tile, one pass
     TENSOR = "tensor"  # a sweep for statistics over the tensor or its rows, then the walk
+    WHOLE = "whole"  # as tensor, and the walk needs all of the tensor at once
     MODEL = "model"  # a first pass over all shards, then the walk
 
 

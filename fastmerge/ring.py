@@ -1,187 +1,251 @@
-"""Bounded memory between the disk and the kernels: reads ahead, writes behind, in one ring of bytes.
+"""Bounded memory between the disk and the kernels: reads ahead of them, writes behind them.
 
-Regions are handed out and taken back in order. While one is merged, threads of csrc/io fill the
-next ones and empty the
-last ones; when the ring is full, reading waits for writing. Nothing else holds tensor bytes.
+Two rings of bytes, one for operands and one for results, hand out regions and take them back in order.
+Threads of csrc/io fill the next operands and write the last results while the kernels work; a full ring makes
+one side wait for the other. Nothing else holds tensor bytes.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from fastmerge import _cpu
 from fastmerge.errors import CheckpointError, ReadError
+from fastmerge.sources import Source, Sources, truncated
 
 T = TypeVar("T")
 
-#: (file descriptor, offset in the file, bytes, address)
-Segment = tuple[int, int, int, int]
+#: (descriptor, descriptor past the page cache or -1, offset in the file, bytes, address)
+Segment = tuple[int, int, int, int, int]
 
-#: Called with the checksum of each segment when all of a region's segments are written.
-Written = Callable[[list[int]], None]
+#: A run of bytes of an input file: (file, offset, bytes).
+Run = tuple[Path, int, int]
+
+#: Called with the checksum of a result when all of it is written.
+Written = Callable[[int], None]
 
 #: Reads that wait in memory at most, beside the one in work: more only spends memory.
 READ_AHEAD = 4
 
+#: Requests in flight. Pages of mapped files cost the processor, requests to the disk need company.
+MAPPING_THREADS, READING_THREADS, WRITING_THREADS = 1, 8, 2
+
 ALIGNMENT = 64
+BLOCK = (
+    4096  # of the disk: what bypasses the page cache agrees with its place in the file modulo this
+)
+DIRECT_LEAST = 64 << 10  # bytes; smaller runs go through the page cache: csrc/io/transfer.hpp
+_MAPPED = -1  # csrc/io/transfer.hpp
+
+
+def room(n: int) -> int:
+    """Return the ring bytes that a run may take: a large one is moved to agree with its place in the file."""
+    return n + ALIGNMENT + (BLOCK if n >= DIRECT_LEAST else 0)
+
+
+class Bytes:
+    """A ring of memory: regions are taken behind the newest and given back from the oldest."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._arena = _cpu.Arena(capacity)
+        self._held: deque[tuple[int, int]] = deque()  # offset, size
+        self._head = 0
+
+    def take(self, size: int) -> int | None:
+        """Return the address of `size` bytes, aligned to a block; None while there is no room."""
+        size = -(-max(size, 1) // BLOCK) * BLOCK
+        if size > self.capacity:
+            raise MemoryError(f"{size} bytes do not fit a ring of {self.capacity}")
+        at = self._place(size)
+        if at is None:
+            return None
+        self._held.append((at, size))
+        self._head = at + size
+        return self._arena.address + at
+
+    def give_back(self) -> None:
+        """Give the oldest region back."""
+        self._held.popleft()
+
+    def _place(self, size: int) -> int | None:
+        if not self._held:
+            return 0
+        tail, head = self._held[0][0], self._head
+        if head > tail:  # free: behind the newest, or before the oldest
+            if head + size <= self.capacity:
+                return head
+            return 0 if size <= tail else None
+        return head if head + size <= tail else None
 
 
 @dataclass
 class Region:
-    """A run of ring memory that one work item owns from its read to its last written byte."""
+    """The operands of one work item: the address of each of its runs."""
 
-    address: int
-    size: int
-    offset: int
-    reading: int = 0
-    writing: int | None = None
-    written: Written | None = None
-    consumed: bool = False
+    addresses: list[int]
+    runs: list[tuple[Source, int, int]]
+    ticket: int
 
 
-class Ring:
-    """The ring, its threads, and the files it reads."""
+class Reader:
+    """Reads work items ahead of the one that is being merged."""
 
-    def __init__(self, n_bytes: int, n_readers: int = 2, n_writers: int = 1) -> None:
-        self._arena = _cpu.Arena(n_bytes)
-        self._capacity = n_bytes
-        self._reads = _cpu.Transfers(False, n_readers)
-        self._writes = _cpu.Transfers(True, n_writers)
-        self._regions: deque[Region] = deque()
-        self._head = 0
-        self._files: dict[Path, int] = {}
+    def __init__(self, sources: Sources, capacity: int) -> None:
+        self.sources = sources
+        self.waited = 0.0  # seconds
+        self._ring = Bytes(capacity)
+        n_threads = MAPPING_THREADS if sources.mapped else READING_THREADS
+        self._transfers = _cpu.Transfers(False, n_threads)
 
-    def __enter__(self) -> Ring:
-        return self
+    def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
+        """Yield (item, address of each of its runs) in order, the bytes in memory.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._reads.close()
-        self._writes.close()
-        for fd in self._files.values():
-            os.close(fd)
-
-    def file(self, path: Path) -> int:
-        """Return a descriptor of an input file, opened once for the whole merge."""
-        if path not in self._files:
-            try:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as e:
-                raise CheckpointError(f"{path}: cannot be opened: {e.strerror}") from e
-        return self._files[path]
-
-    def sweep(
-        self, loads: Iterable[tuple[T, int, Sequence[Segment]]]
-    ) -> Iterator[tuple[T, Region]]:
-        """Yield (item, region) in order, each with its bytes read; addresses of segments are relative.
-
-        Each load is (item, bytes of memory, segments to read). While the caller works on a region, later
-        ones are read. A region is taken back when the caller asks for the next one and its write is done.
+        While the caller works on an item, later ones are read. Its memory is taken back when the caller asks
+        for the next one.
         """
         upcoming = iter(loads)
         waiting: deque[tuple[T, Region]] = deque()
         following = next(upcoming, None)
         while following is not None or waiting:
             while following is not None and len(waiting) <= READ_AHEAD:
-                item, size, segments = following
-                region = self._allocate(size, block=not waiting)
+                region = self._begin(following[1])
                 if region is None:
                     break
-                at = region.address
-                region.reading = self._reads.submit(
-                    [(fd, offset, n, at + local) for fd, offset, n, local in segments]
-                )
-                waiting.append((item, region))
+                waiting.append((following[0], region))
                 following = next(upcoming, None)
             item, region = waiting.popleft()
-            self._check(self._reads.wait(region.reading)[0], "reading")
-            yield item, region
-            region.consumed = True
-        self.drain()
+            start = time.perf_counter()
+            error = self._transfers.wait(region.ticket)[0]
+            self.waited += time.perf_counter() - start
+            if error is not None:
+                raise self._error(error, region)
+            yield item, region.addresses
+            self.sources.check()
+            for (source, offset, n), address in zip(region.runs, region.addresses, strict=True):
+                self.sources.release(source, offset, n, address)
+            self._ring.give_back()
 
-    def write(
-        self,
-        region: Region,
-        segments: Sequence[Segment],
-        words: Sequence[tuple[int, int]] = (),
-        written: Written | None = None,
-    ) -> None:
-        """Queue a region's result; segments hold absolute addresses inside it.
+    def _begin(self, runs: Sequence[Run]) -> Region | None:
+        """Start reading an item's runs; None while there is no memory for them.
 
-        words: per segment the bytes of its checksum's words, and its first byte in its tensor.
+        Mapped runs take room, too: their pages are this process's memory.
         """
-        region.writing = self._writes.submit(segments, words)
-        region.written = written
+        opened = [(self.sources.source(path), offset, n) for path, offset, n in runs]
+        at = self._ring.take(sum(room(n) for _, _, n in opened))
+        if at is None:
+            return None
+        addresses: list[int] = []
+        segments: list[Segment] = []
+        for source, offset, n in opened:
+            if offset + n > source.size:
+                raise truncated(source, source.size)
+            if source.mapping is not None:
+                address = source.mapping.address + offset
+                segments.append((_MAPPED, -1, offset, n, address))
+            else:
+                address = at + ((offset - at) % BLOCK if n >= DIRECT_LEAST else 0)
+                at = -(-(address + n) // ALIGNMENT) * ALIGNMENT
+                segments.append((source.fd, source.direct_fd, offset, n, address))
+            addresses.append(address)
+        return Region(addresses, opened, self._transfers.submit(segments))
+
+    def _error(self, error: tuple[int, int, int], region: Region) -> Exception:
+        code, fd, offset = error
+        for source, _, _ in region.runs:
+            if fd == _MAPPED and code == errno.EFAULT:
+                self.sources.check_size(source)
+            elif fd == source.fd:
+                if code == 0:
+                    return truncated(source, offset)
+                reason = os.strerror(code)
+                return ReadError(f"{source.path}: reading at byte {offset} failed: {reason}")
+        return ReadError(f"an input could not be read: {os.strerror(errno.EIO)}")
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._transfers.busy_seconds
+
+    def close(self) -> None:
+        self._transfers.close()
+        self.sources.close()
+
+
+@dataclass
+class _Pending:
+    ticket: int
+    written: Written | None
+
+
+@dataclass
+class Place:
+    """Where a result goes: descriptors, offset in the file, bytes; checksum in words of `word` bytes, which
+    begin `start` bytes into the tensor."""
+
+    fd: int
+    direct_fd: int
+    offset: int
+    n: int
+    word: int
+    start: int
+
+
+class Writer:
+    """Writes results behind the kernels."""
+
+    def __init__(self, capacity: int) -> None:
+        self.waited = 0.0  # seconds
+        self._ring = Bytes(capacity)
+        self._transfers = _cpu.Transfers(True, WRITING_THREADS)
+        self._pending: deque[_Pending] = deque()
+
+    def reserve(self, place: Place) -> int:
+        """Return the address to put a result at; waits for earlier ones to be written if need be."""
+        while self._pending and self._transfers.is_done(self._pending[0].ticket):
+            self._finish_oldest()
+        while (at := self._ring.take(place.n + BLOCK)) is None:
+            self._finish_oldest()
+        return at + place.offset % BLOCK
+
+    def write(self, address: int, place: Place, written: Written | None) -> None:
+        """Queue the result that was reserved last."""
+        segment = (place.fd, place.direct_fd, place.offset, place.n, address)
+        ticket = self._transfers.submit([segment], [(place.word, place.start)])
+        self._pending.append(_Pending(ticket, written))
 
     def drain(self) -> None:
         """Wait until everything queued is written."""
-        while self._regions:
-            self._release(self._regions[0])
+        while self._pending:
+            self._finish_oldest()
 
-    def _allocate(self, size: int, block: bool) -> Region | None:
-        """Take `size` bytes behind the newest region, freeing the oldest finished ones; None if
-        there is no room.
+    def _finish_oldest(self) -> None:
+        pending = self._pending[0]
+        start = time.perf_counter()
+        error, sums = self._transfers.wait(pending.ticket)
+        self.waited += time.perf_counter() - start
+        if error is not None:
+            raise _write_error(*error)
+        self._pending.popleft()
+        self._ring.give_back()
+        if pending.written:
+            pending.written(sums[0])
 
-        With `block` the oldest regions' writes are waited for.
-        """
-        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-        if size > self._capacity:
-            raise MemoryError(
-                f"a work item of {size} bytes does not fit a ring of {self._capacity}"
-            )
-        while True:
-            offset = self._room(size)
-            if offset is not None:
-                region = Region(self._arena.address + offset, size, offset)
-                self._regions.append(region)
-                self._head = offset + size
-                return region
-            oldest = self._regions[0]
-            if not (block or oldest.consumed):
-                return None
-            self._release(oldest)
+    @property
+    def busy_seconds(self) -> float:
+        return self._transfers.busy_seconds
 
-    def _room(self, size: int) -> int | None:
-        if not self._regions:
-            return 0
-        tail, head = self._regions[0].offset, self._head
-        if head > tail:  # free: behind the newest, or before the oldest
-            if head + size <= self._capacity:
-                return head
-            return 0 if size <= tail else None
-        return head if head + size <= tail else None
+    def close(self) -> None:
+        self._transfers.close()
 
-    def _release(self, region: Region) -> None:
-        if region.writing is not None:
-            error, sums = self._writes.wait(region.writing)
-            self._check(error, "writing")
-            if region.written:
-                region.written(sums)
-        self._regions.popleft()
 
-    def _check(self, error: tuple[int, int, int] | None, doing: str) -> None:
-        if error is None:
-            return
-        code, fd, offset = error
-        path = next((p for p, f in self._files.items() if f == fd), None)
-        name = str(path) if path else "the output"
-        if code == 0:
-            raise CheckpointError(
-                f"{name}: ends at byte {offset}, before its tensors do; it was truncated while being read"
-            )
-        if doing == "reading":
-            raise ReadError(f"{name}: reading at byte {offset} failed: {os.strerror(code)}")
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(code, os.strerror(code))  # the output folder says how much is missing
-        raise CheckpointError(f"{name}: writing at byte {offset} failed: {os.strerror(code)}")
+def _write_error(code: int, fd: int, offset: int) -> Exception:
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(code, os.strerror(code))  # the output folder says how much is missing
+    return CheckpointError(f"the output: writing at byte {offset} failed: {os.strerror(code)}")

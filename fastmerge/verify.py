@@ -143,6 +143,9 @@ class _Scratch:
     def fd(self, shard: int) -> int:
         return self.files[shard].fileno()
 
+    def direct_fd(self, shard: int) -> int:
+        return -1
+
     def close(self) -> None:
         for file in self.files:
             file.close()

@@ -12,6 +12,7 @@
 #include "cpu/pool.hpp"
 #include "cpu/sweeps.hpp"
 #include "io/checksum.hpp"
+#include "io/mapping.hpp"
 #include "io/transfer.hpp"
 
 namespace py = pybind11;
@@ -258,17 +259,22 @@ PYBIND11_MODULE(_cpu, m) {
         nogil release;
         return checksum(info.ptr, int64_t(info.size * info.itemsize), word, start);
     });
+    py::class_<Mapping>(m, "Mapping")
+        .def(py::init<int, int64_t>())
+        .def_property_readonly("address", &Mapping::address);
+    m.def("depopulate", &depopulate, py::call_guard<nogil>());
+    m.def("lost_pages", &lost_pages);
     py::class_<Transfers>(m, "Transfers")
         .def(py::init<bool, int>())
         .def(
             "submit",
-            [](Transfers& t, const std::vector<std::tuple<int, int64_t, int64_t, uintptr_t>>& list,
+            [](Transfers& t, const std::vector<std::tuple<int, int, int64_t, int64_t, uintptr_t>>& list,
                const std::vector<std::pair<int, int64_t>>& words) {
                 if (!words.empty() && words.size() != list.size())
                     throw std::invalid_argument("transfers: one (word, start) per segment");
                 std::vector<Segment> segments;
-                for (const auto& s : list)
-                    segments.push_back({std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)});
+                for (const auto& [fd, direct_fd, offset, n, address] : list)
+                    segments.push_back({fd, direct_fd, offset, n, address});
                 for (size_t i = 0; i < words.size(); ++i)
                     segments[i].word = words[i].first, segments[i].start = words[i].second;
                 return t.submit(segments);
@@ -285,5 +291,7 @@ PYBIND11_MODULE(_cpu, m) {
                  const auto error = py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
                  return py::make_tuple(e.failed ? py::object(error) : py::none(), sums);
              })
+        .def("is_done", &Transfers::is_done)
+        .def_property_readonly("busy_seconds", &Transfers::busy_seconds)
         .def("close", &Transfers::close, py::call_guard<nogil>());
 }

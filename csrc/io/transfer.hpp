@@ -1,5 +1,8 @@
 // Positioned reads and writes on threads of their own, so that moving bytes overlaps computing.
 #pragma once
+#include <sys/types.h>
+
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -11,8 +14,11 @@
 
 namespace fastmerge {
 
+/// Bytes between a file and memory. A large segment bypasses the page cache where `direct_fd` is open and
+/// address and offset agree modulo DIRECT_ALIGNMENT, but for partial blocks at its ends.
 struct Segment {
-    int fd;
+    int fd;          // MAPPED: address lies in a mapped file, whose pages are brought in
+    int direct_fd;   // the same file opened with O_DIRECT, or -1
     int64_t offset;  // in the file, bytes
     int64_t n_bytes;
     uintptr_t address;
@@ -20,6 +26,11 @@ struct Segment {
     int64_t start = 0;  // of the segment in its tensor, bytes
     int index = 0;      // in its job
 };
+
+constexpr int MAPPED = -1;
+constexpr int64_t DIRECT_ALIGNMENT = 4096;
+constexpr int64_t DIRECT_LEAST =
+    64 << 10;  // bytes; what is smaller is not worth a trip to the disk of its own
 
 /// What went wrong: code 0 is a short read (the file ended early), else an errno.
 struct TransferError {
@@ -40,6 +51,10 @@ class Transfers {
     /// Block until the job is done; returns its first error, if any. sums: checksum of each segment, taken
     /// from memory by the thread that has just written it.
     TransferError wait(int64_t ticket, std::vector<uint64_t>& sums);
+    /// Whether `wait` would return at once.
+    bool is_done(int64_t ticket);
+    /// Seconds that the threads spent moving bytes so far, all added up.
+    double busy_seconds() const { return double(busy_ns_.load()) * 1e-9; }
     /// Drop what has not started and wait for what has.
     void close();
 
@@ -51,8 +66,10 @@ class Transfers {
     };
     void serve();
     TransferError move(const Segment& s) const;
+    ssize_t step(const Segment& s, int64_t done, bool& direct) const;
 
     const bool writing_;
+    std::atomic<int64_t> busy_ns_{0};
     std::mutex mutex_;
     std::condition_variable ready_, done_;
     std::deque<std::pair<int64_t, Segment>> queue_;

@@ -2,6 +2,7 @@
 
 from fastmerge.checkpoint.checksum import digest, file_checksum, word_bytes
 from fastmerge.checkpoint.companions import companion_files, merged_config
+from fastmerge.checkpoint.durable import open_direct
 from fastmerge.checkpoint.files import FileIdentity, identity
 from fastmerge.checkpoint.folder import Checkpoint, open_checkpoint
 from fastmerge.checkpoint.header import Header, TensorInfo, header_digest, read_header
@@ -34,6 +35,7 @@ __all__ = [
     "identity",
     "merged_config",
     "open_checkpoint",
+    "open_direct",
     "parse_size",
     "plan_layout",
     "read_header",

@@ -65,6 +65,17 @@ def reopen(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
+def open_direct(path: Path, flags: int) -> int:
+    """Return a descriptor that bypasses the page cache, -1 where there is no such thing."""
+    bypass = getattr(os, "O_DIRECT", None)
+    if bypass is None:
+        return -1
+    try:
+        return os.open(path, flags | bypass | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # a file system without
+        return -1
+
+
 def reserve(fd: int, path: Path, size: int) -> None:
     """Give an open file `size` bytes on disk where that is cheap, else only that length.
 
@@ -94,8 +105,8 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_synced(path: Path, content: bytes | Path, needed: int) -> None:
-    """Create `path` with these bytes, or those of another file, and wait for the disk."""
+def write_file(path: Path, content: bytes | Path, needed: int, sync: bool = True) -> None:
+    """Create `path` with these bytes, or those of another file, and (sync) wait for the disk."""
     with disk_errors(path, needed):
         fd = create(path)
         try:
@@ -103,7 +114,8 @@ def write_synced(path: Path, content: bytes | Path, needed: int) -> None:
                 write_all(fd, content)
             else:
                 _copy(fd, content)
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         finally:
             os.close(fd)
 

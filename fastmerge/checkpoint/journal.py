@@ -92,8 +92,11 @@ def _value(line: bytes) -> Any:
 class Journal:
     """A journal that is being written, and what its parts prove."""
 
-    def __init__(self, folder: Path, binding: Binding, found: Record | None) -> None:
+    def __init__(
+        self, folder: Path, binding: Binding, found: Record | None, sync: bool = True
+    ) -> None:
         self.path = folder / JOURNAL
+        self._sync = sync
         self._parts: dict[str, dict[int, tuple[int, int]]] = {}  # tensor -> start -> (bytes, sum)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         if found is None:
@@ -130,7 +133,8 @@ class Journal:
         """Note `files`, or `commit` and `aside`; on disk before the files move."""
         with disk_errors(self.path, 0):
             write_all(self._fd, _line(names))
-            os.fsync(self._fd)
+            if self._sync:
+                os.fsync(self._fd)
 
     def covers(self, name: str, start: int, n: int) -> bool:
         """Return whether all bytes [start, start + n) of a tensor are proven."""

@@ -27,11 +27,12 @@ from fastmerge.checkpoint.durable import (
     disk_errors,
     is_full,
     no_space,
+    open_direct,
     reopen,
     reserve,
     sync_folder,
     write_all,
-    write_synced,
+    write_file,
 )
 from fastmerge.checkpoint.folder import INDEX
 from fastmerge.checkpoint.journal import (
@@ -63,6 +64,9 @@ class OutputFolder:
         inputs: folders of the models that are read: none may be harmed.
         binding: keep a journal, bound to this; see `journal.difference`.
         resume: go on with the merge that a journal in the folder tells of. Without one, start anew.
+        direct: offer descriptors that bypass the page cache, where the file system can.
+        sync: wait for the disk before files get their final names; without, a power cut may leave
+            a folder that looks whole and is not.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class OutputFolder:
         inputs: Sequence[Path] = (),
         binding: Binding | None = None,
         resume: bool = False,
+        direct: bool = False,
+        sync: bool = True,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
@@ -81,10 +87,13 @@ class OutputFolder:
         self.inputs = tuple(Path(i) for i in inputs)
         self.binding = binding
         self.resume = resume
+        self.direct = direct
+        self.sync = sync
         self.resumed = False
         self.journal: Journal | None = None
         self._lock = -1
         self._fds: list[int] = []
+        self._direct_fds: list[int] = []
         self._created_folders: list[Path] = []  # parents first
         self._partials: list[Path] = []
         self._renamed: list[Path] = []
@@ -112,7 +121,8 @@ class OutputFolder:
                 with disk_errors(self.path, self.layout.disk_bytes):
                     self._partials.append(self.path / JOURNAL)  # as below
                     binding = {**self.binding, "force": self.force}
-                    self.journal = Journal(self.path, binding, found if self.resumed else None)
+                    earlier = found if self.resumed else None
+                    self.journal = Journal(self.path, binding, earlier, self.sync)
             for index in range(len(self.layout.shards)):
                 self._create_shard(index)
             if found is not None and self.resumed:
@@ -172,8 +182,12 @@ class OutputFolder:
         """Return a shard's descriptor, for positional writes at the layout's offsets."""
         return self._fds[shard]
 
+    def direct_fd(self, shard: int) -> int:
+        """Return a descriptor of the same shard that bypasses the page cache, or -1."""
+        return self._direct_fds[shard]
+
     def partial_path(self, shard: int) -> Path:
-        """Return the temporary path of a shard, for those who need a descriptor of another kind."""
+        """Return the temporary path of a shard."""
         return self._partial(self.layout.shards[shard].file_name)
 
     def commit(
@@ -214,7 +228,7 @@ class OutputFolder:
         if self.journal is not None:
             with suppress(OSError):
                 self.journal.path.unlink()
-                sync_folder(self.path)
+                self._sync_folder(self.path)
 
     def __exit__(
         self,
@@ -270,6 +284,7 @@ class OutputFolder:
                 os.ftruncate(fd, shard.size)
             reserve(fd, path, shard.size)
             write_all(fd, shard.header)
+            self._direct_fds.append(open_direct(path, os.O_RDWR) if self.direct else -1)
 
     def _finish_shards(self) -> None:
         for shard, fd in zip(self.layout.shards, self._fds, strict=True):
@@ -281,7 +296,8 @@ class OutputFolder:
                         f"{place(path)} has {size} bytes instead of {shard.size}; "
                         "something else wrote to it"
                     )
-                os.fsync(fd)
+                if self.sync:
+                    os.fsync(fd)
 
     def _check_file_name(self, name: str, taken: set[str]) -> None:
         if not is_inside(name):
@@ -296,7 +312,7 @@ class OutputFolder:
         with disk_errors(path, self.layout.disk_bytes):
             path.unlink(missing_ok=True)  # a killed run's
         self._partials.append(path)
-        write_synced(path, content, self.layout.disk_bytes)
+        write_file(path, content, self.layout.disk_bytes, self.sync)
 
     def _swap(self, small: Sequence[str], shards: Sequence[str]) -> None:
         """Give every file its final name, the earlier model's files out of the way first.
@@ -317,7 +333,7 @@ class OutputFolder:
             self._set_aside.append(path)
             os.rename(path, aside(path))
         if old:
-            sync_folder(self.path)
+            self._sync_folder(self.path)
         for name in finals:
             if (
                 name == finals[-1]
@@ -331,13 +347,18 @@ class OutputFolder:
         folders = {self.path, *(p.parent for p in self._renamed)}
         folders |= {p.parent for p in self._created_folders}
         for folder in sorted(folders):
+            self._sync_folder(folder)
+
+    def _sync_folder(self, folder: Path) -> None:
+        if self.sync:
             sync_folder(folder)
 
     def _close(self) -> None:
-        for fd in self._fds:
+        for fd in (*self._fds, *(fd for fd in self._direct_fds if fd >= 0)):
             with suppress(OSError):  # synced already, or being thrown away
                 os.close(fd)
         self._fds.clear()
+        self._direct_fds.clear()
         if self.journal is not None:
             self.journal.close()
         if self._lock >= 0:

@@ -75,6 +75,10 @@ def probability_range(params: Params) -> tuple[list[float], list[float]]:
     return low, high
 
 
+def _scope(params: Params) -> Scope:
+    return Scope.WHOLE if params.rank_by == "tensor" else Scope.TENSOR
+
+
 def _recipe(params: Params, context: TensorContext, elects: bool) -> Recipe:
     inverse = params.rescale and params.rescale_mode == "inverse_keep"
     low, high = probability_range(params)
@@ -98,7 +102,7 @@ def _recipe(params: Params, context: TensorContext, elects: bool) -> Recipe:
     paper=_PAPER,
     base="required",
     params=_params(normalize=True),
-    scope=Scope.TENSOR,
+    scope=_scope,
     presets={"paper": {"weight": 1.0, "normalize": True, "rescale_mode": "inverse_keep"}},
 )
 def della(params: Params, context: TensorContext) -> Recipe:
@@ -113,7 +117,7 @@ def della(params: Params, context: TensorContext) -> Recipe:
     paper=_PAPER,
     base="required",
     params=_params(normalize=False),
-    scope=Scope.TENSOR,
+    scope=_scope,
     presets={"paper": {"weight": 1.0, "rescale_mode": "inverse_keep"}},
 )
 def della_linear(params: Params, context: TensorContext) -> Recipe:
