@@ -35,7 +35,11 @@ inline V read(const void* p) {
 }
 
 inline Words widen(Halves h) {
+#if defined(__AVX512F__)
+    return Words(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(h)));  // gcc 12 makes two halves of it otherwise
+#else
     return __builtin_convertvector(h, Words);
+#endif
 }
 
 /// Elements [i, i + LANES) of an operand of type T, widened.
@@ -88,6 +92,35 @@ inline uint64_t greater_mask(const uint32_t* keys, uint32_t bound) {
 inline uint64_t greater_mask(const uint64_t* keys, uint64_t bound) {
     uint64_t mask = 0;
     for (int j = 0; j < 64; ++j) mask |= uint64_t(keys[j] > bound) << j;
+    return mask;
+}
+
+inline Words least(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_maskz_min_epu32(0xffff, __m512i(a), __m512i(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+
+/// As greater_mask, of 64 keys in registers.
+inline uint64_t lanes_above(const Words* keys, uint32_t bound) {
+    uint64_t mask = 0;
+    for (int v = 0; v < 64 / LANES; ++v) {
+#if defined(__AVX512F__)
+        const uint32_t bits = _mm512_cmpgt_epi32_mask(__m512i(keys[v]), _mm512_set1_epi32(int(bound)));
+#elif defined(__AVX2__)
+        const __m256i above = _mm256_cmpgt_epi32(__m256i(keys[v]), _mm256_set1_epi32(int(bound)));
+        const uint32_t bits = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(above)));
+#elif defined(__SSE2__)
+        const __m128i above = _mm_cmpgt_epi32(__m128i(keys[v]), _mm_set1_epi32(int(bound)));
+        const uint32_t bits = uint32_t(_mm_movemask_ps(_mm_castsi128_ps(above)));
+#else
+        uint32_t bits = 0;
+        for (int j = 0; j < LANES; ++j) bits |= uint32_t(keys[v][j] > bound) << j;
+#endif
+        mask |= uint64_t(bits) << (v * LANES);
+    }
     return mask;
 }
 

@@ -25,7 +25,7 @@ struct Bracket {
 struct Bracketed {
     int64_t above = 0, nonzero = 0;  // keys above the bracket, and keys that are not zero
     int64_t n = 0;                   // keys in it
-    uint64_t* key = nullptr;         // these, in order, room for the whole span; null: they are only counted
+    uint64_t* key = nullptr;         // these, in order, room for the whole span and a block; null: they are only counted
     uint16_t* position = nullptr;    // where they are, relative to the span's first element
 };
 

@@ -328,7 +328,7 @@ void histogram_range(const Operands& in, int k, int64_t a, int64_t b, int shift,
 
 template <class Real>
 void bracket_range(const Operands& in, bool variance, bool nonzero, int n_ranks, int64_t a, int64_t b,
-                   const Bracket* brackets, Bracketed* counts) {
+                   const Bracket* brackets, Bracketed* counts, int64_t span) {
     const int n_keys = variance ? 1 : in.n_experts;
     for (int64_t i = a; i < b; i += BLOCK) {
         const int m = int(std::min<int64_t>(BLOCK, b - i));
@@ -357,7 +357,7 @@ void bracket_range(const Operands& in, bool variance, bool nonzero, int n_ranks,
                 if (found.key)
                     for (uint64_t left = inside; left; left &= left - 1, ++n) {
                         const int j = __builtin_ctzll(left);
-                        found.key[n] = keys[j], found.position[n] = uint16_t(i - a + j);
+                        found.key[n] = keys[j], found.position[n] = uint16_t(i - span + j);
                     }
                 found.n += __builtin_popcountll(inside);
             }
@@ -429,6 +429,16 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
     for (int64_t r = 0; r < m; ++r) rank[order[r].index] = uint32_t(r);
 }
 
+#include "cpu/statistics_common.inl"
+
+// The fast path of a statistic, where the operands allow it.
+#define FM_FAST(name, in, ...)                                                               \
+    if (of_one_type(in, f64)) {                                                              \
+        if (in.expert_type[0] == DType::BF16) return name<DType::BF16>(in, __VA_ARGS__);     \
+        if (in.expert_type[0] == DType::F16) return name<DType::F16>(in, __VA_ARGS__);       \
+        return name<DType::F32>(in, __VA_ARGS__);                                            \
+    }
+
 // The table's entries choose the compute type; everything below them is a template over it.
 #define FM_CHOOSE(call_f32, call_f64) return f64 ? call_f64 : call_f32
 
@@ -471,8 +481,9 @@ void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int sh
 }
 void bracket(const Operands& in, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
              const Bracket* brackets, Bracketed* counts) {
-    FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts),
-              bracket_range<double>(in, variance, nonzero, n_ranks, a, b, brackets, counts));
+    FM_FAST(bracket_common, in, variance, nonzero, n_ranks, a, b, brackets, counts);
+    FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a),
+              bracket_range<double>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a));
 }
 int64_t count_equal(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t key) {
     FM_CHOOSE(count_equal_range<float>(in, k, a, b, key), count_equal_range<double>(in, k, a, b, key));

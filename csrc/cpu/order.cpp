@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 
+#include "core/clones.hpp"
 #include "cpu/spans.hpp"
 #include "cpu/sweeps.hpp"
 
@@ -14,6 +15,7 @@ namespace fastmerge {
 namespace {
 
 constexpr int64_t COLLECT_BELOW = int64_t(1) << 17;  // up to here keys are kept and selected directly
+constexpr int64_t RUN = 16;  // sampled elements that lie side by side
 constexpr int64_t END = std::numeric_limits<int64_t>::max();
 
 /// The r-th largest (from 1) of n keys that all lie in [low, high]; r becomes its number among those equal to
@@ -52,6 +54,56 @@ uint64_t nth_largest(const uint64_t* keys, int64_t n, uint64_t low, uint64_t hig
     return low;
 }
 
+/// Standard deviation of how many of a sample's keys are above `about`, run by run; of a fraction of the nonzero
+/// ones (fraction >= 0), of what is above less the fraction of those.
+FM_CLONES double rank_deviation(const uint64_t* keys, int64_t n, uint64_t about, double p, double fraction) {
+    double sum = 0, square = 0;
+    for (int64_t j = 0; j < n; j += RUN) {
+        int64_t above = 0, nonzero = 0;  // keys are below 2^63: a difference's sign compares them
+        for (int64_t i = j; i < j + RUN; ++i) above -= int64_t(about - keys[i]) >> 63, nonzero += keys[i] != 0;
+        const double excess = double(above) - (fraction >= 0 ? fraction * double(nonzero) : p * RUN);
+        sum += excess, square += excess * excess;
+    }
+    const double runs = double(n / RUN), mean = sum / runs;
+    return std::sqrt(std::max(square - runs * mean * mean, 0.0));
+}
+
+/// Shrink [low, high] to the keys that lie in it.
+FM_CLONES void narrow(const uint64_t* keys, int64_t n, uint64_t& low, uint64_t& high) {
+    uint64_t least = high, most = low;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint64_t key = keys[i];
+        const bool inside = key >= low && key <= high;
+        const uint64_t below = inside ? key : high, above = inside ? key : low;
+        least = below < least ? below : least, most = above > most ? above : most;
+    }
+    low = least, high = most;
+}
+
+/// The keys of a sample, counted by their leading bits, of which every cut and both its bounds are read off.
+class SampleBins {
+  public:
+    SampleBins(const std::vector<uint64_t>& keys, uint64_t largest)
+        : shift_(std::max(0, 64 - __builtin_clzll(largest) - WIDTH)), reached_((size_t(1) << WIDTH) + 1) {
+        for (const uint64_t key : keys) ++reached_[key >> shift_], nonzero_ += key > 0;
+        for (size_t bin = reached_.size() - 1; bin-- > 0;) reached_[bin] += reached_[bin + 1];
+    }
+    int64_t nonzero() const { return nonzero_; }
+    /// Bounds of the bin that holds the r-th largest key, r from 1.
+    uint64_t first_key(int64_t r) const { return uint64_t(bin_of(r)) << shift_; }
+    uint64_t last_key(int64_t r) const { return first_key(r) + ((uint64_t(1) << shift_) - 1); }
+
+  private:
+    static constexpr int WIDTH = 14;
+    size_t bin_of(int64_t r) const {
+        const auto less = [](uint32_t count, int64_t rank) { return int64_t(count) >= rank; };
+        return size_t(std::lower_bound(reached_.begin(), reached_.end(), r, less) - reached_.begin()) - 1;
+    }
+    int shift_;
+    int64_t nonzero_ = 0;
+    std::vector<uint32_t> reached_;  // by bin: keys in it or above
+};
+
 }  // namespace
 
 // ---- order statistics ------------------------------------------------------------------------------
@@ -66,9 +118,9 @@ OrderSweep::OrderSweep(OrderRequest request) : request_(std::move(request)) {
     mode_ = q.by_row ? Mode::Rows : q.n <= COLLECT_BELOW ? Mode::Collect : Mode::Sample;
     if (mode_ == Mode::Collect) collected_.assign(q.n_keys, std::vector<uint64_t>(q.n));
     if (mode_ == Mode::Sample) {
-        sample_size_ = std::clamp<int64_t>(q.n / 256, 8192, int64_t(1) << 20);
+        n_runs_ = std::clamp<int64_t>(q.n / 1024, 1024, int64_t(1) << 15);
         collected_.resize(q.n_keys);
-        brackets_.resize(size_t(q.n_keys) * n_ranks_), candidates_.resize(brackets_.size());
+        brackets_.resize(size_t(q.n_keys) * n_ranks_), totals_.resize(brackets_.size());
         if (q.fraction < 0)
             for (int k = 0; k < q.n_keys; ++k)
                 for (int r = 0; r < n_ranks_; ++r) settle(target(k, r, 0), ranks(k)[r], q.n);
@@ -132,72 +184,82 @@ void OrderSweep::feed(const Operands& in, int64_t offset) {
         if (in.n == q.n) {  // all there is: no need to be fed it twice
             set_brackets();
             feed_bracket(in, offset + in.start);
+            finish_brackets();
+            if (mode_ == Mode::Ties) feed_ties(in, offset), mode_ = Mode::Done;
         }
     } else if (mode_ == Mode::Bracket) {
         feed_bracket(in, offset + in.start);
     } else if (mode_ == Mode::Digits) {
+        counting_ = true;
         feed_histogram(in);
     } else if (mode_ == Mode::Ties) {
         feed_ties(in, offset);
     }
 }
 
-/// Take the sampled ones of a chunk's keys. Positions are spread evenly with a jitter against periods.
+/// Take the sampled ones of a chunk's keys: short runs, spread evenly with a jitter against periods. Memory hands
+/// out whole cache lines; a run costs no more than one of its elements would.
 void OrderSweep::feed_sample(const Operands& in, int64_t first) {
     const OrderRequest& q = request_;
-    const int64_t stride = q.n / sample_size_;
-    std::vector<int64_t> at;
-    for (; next_sample_ < sample_size_; ++next_sample_) {
-        const int64_t jitter = int64_t(uint64_t(next_sample_) * 2654435761u >> 8) % stride;
-        const int64_t i = next_sample_ * q.n / sample_size_ + jitter - first;
+    const int64_t size = n_runs_ * RUN, stride = q.n / n_runs_ - RUN;
+    std::vector<std::pair<int64_t, int64_t>> runs;  // first element in the chunk, length
+    int64_t taken = 0;
+    while (next_sample_ < size) {
+        const int64_t run = next_sample_ / RUN, done = next_sample_ % RUN;
+        const int64_t jitter = int64_t(uint64_t(run) * 2654435761u >> 8) % stride;
+        const int64_t i = run * (q.n / n_runs_) + jitter + done - first;
         if (i >= in.n) break;
-        at.push_back(i);
+        runs.push_back({i, std::min(RUN - done, in.n - i)});
+        taken += runs.back().second, next_sample_ += runs.back().second;
     }
-    if (at.empty()) return;
+    if (runs.empty()) return;
     // Gather the raw elements: kernels then see an ordinary, short tensor.
-    std::vector<std::vector<char>> held;
-    const auto gather = [&](const void* p, DType type) -> const void* {
-        const size_t size = size_t(itemsize(type));
-        std::vector<char>& out = held.emplace_back(at.size() * size);
-        for (size_t j = 0; j < at.size(); ++j)
-            std::memcpy(out.data() + j * size, static_cast<const char*>(p) + size_t(at[j]) * size, size);
-        return out.data();
-    };
+    const int n_operands = in.n_experts + (in.base != nullptr);
+    std::vector<std::vector<char>> held(static_cast<size_t>(n_operands));
+    parallel(n_operands, [&](int64_t o) {
+        const bool is_base = o == in.n_experts;
+        const char* from = static_cast<const char*>(is_base ? in.base : in.expert[o]);
+        const size_t bytes = size_t(itemsize(is_base ? in.base_type : in.expert_type[o]));
+        held[o].resize(size_t(taken) * bytes);
+        char* to = held[o].data();
+        for (const auto& [i, n] : runs)
+            std::memcpy(to, from + size_t(i) * bytes, size_t(n) * bytes), to += size_t(n) * bytes;
+    });
     Operands sample = in;
     std::vector<const void*> experts;
-    if (in.base) sample.base = gather(in.base, in.base_type);
-    for (int k = 0; k < in.n_experts; ++k) experts.push_back(gather(in.expert[k], in.expert_type[k]));
-    sample.expert = experts.data(), sample.start = 0, sample.n = int64_t(at.size()), sample.cols = 1;
+    for (int k = 0; k < in.n_experts; ++k) experts.push_back(held[k].data());
+    if (in.base) sample.base = held[in.n_experts].data();
+    sample.expert = experts.data(), sample.start = 0, sample.n = taken, sample.cols = 1;
     parallel(q.n_keys, [&](int64_t k) {
         std::vector<uint64_t>& keys = collected_[k];
-        keys.resize(keys.size() + at.size());
-        kernels().keys(sample, q.variance ? -1 : int(k), q.f64, 0, sample.n,
-                       keys.data() + keys.size() - at.size());
+        keys.resize(keys.size() + size_t(taken));
+        kernels().keys(sample, q.variance ? -1 : int(k), q.f64, 0, taken, keys.data() + keys.size() - taken);
     });
 }
 
-/// Bracket each cut by the sample's order: four standard deviations of the sample's rank on either
-/// side miss one cut in ten thousand.
+/// Bracket each cut by the sample's order: four standard deviations of a rank on either side miss one cut in
+/// ten thousand. The deviation is measured run by run, so that neighbours that resemble each other widen it.
 void OrderSweep::set_brackets() {
     const OrderRequest& q = request_;
-    const double s = double(sample_size_);
-    parallel(int64_t(brackets_.size()), [&](int64_t j) {
-        const int k = int(j / n_ranks_), r = int(j % n_ranks_);
-        Bracket& bracket = brackets_[j];
+    parallel(q.n_keys, [&](int64_t k) {
         const std::vector<uint64_t>& keys = collected_[k];
+        const SampleBins bins(keys, largest_key());
         const int64_t size = int64_t(keys.size());
-        bracket.open = target(k, r, 0).open;
-        if (!bracket.open) return;
-        double p = double(target(k, r, 0).rank) / double(q.n);
-        if (q.fraction >= 0)
-            p = q.fraction * (1 - double(std::count(keys.begin(), keys.end(), uint64_t(0))) / s);
-        p = std::min(std::max(p, 0.0), 1.0);
-        const double reach = 2 + 4 * (q.fraction >= 0 ? std::sqrt(s) / 2 : std::sqrt(s * p * (1 - p)));
-        const int64_t from = int64_t(p * s - reach), to = int64_t(p * s + reach) + 1;
-        const uint64_t largest = largest_key();
-        int64_t above = from, reached = to;
-        bracket.high = from < 1 ? largest : nth_largest(keys.data(), size, 0, largest, above);
-        bracket.low = to > size ? 0 : nth_largest(keys.data(), size, 0, largest, reached);
+        for (int r = 0; r < n_ranks_; ++r) {
+            Bracket& bracket = brackets_[k * n_ranks_ + r];
+            bracket.open = target(int(k), r, 0).open;
+            if (!bracket.open) continue;
+            const double p = double(target(int(k), r, 0).rank) / double(q.n);
+            const double rank = q.fraction >= 0 ? q.fraction * double(bins.nonzero()) : p * double(size);
+            const uint64_t about = bins.last_key(std::clamp<int64_t>(int64_t(rank), 1, size));
+            const double reach = 2 + 4 * rank_deviation(keys.data(), size, about, p, q.fraction);
+            const int64_t from = int64_t(rank - reach), to = int64_t(rank + reach) + 1;
+            bracket.high = from < 1 ? largest_key() : bins.last_key(from);
+            bracket.low = to > size ? 0 : bins.first_key(to);
+            if (from < 1 || to > size) continue;
+            // No wider than the sample's own keys: equal ones need not be collected, only counted.
+            narrow(keys.data(), size, bracket.low, bracket.high);
+        }
     });
     collected_.clear();
     mode_ = Mode::Bracket;
@@ -205,45 +267,46 @@ void OrderSweep::set_brackets() {
 
 void OrderSweep::feed_bracket(const Operands& in, int64_t first) {
     const OrderRequest& q = request_;
-    struct Part {
-        std::vector<Bracketed> found;
-        std::vector<std::vector<uint64_t>> key;
-        std::vector<std::vector<uint16_t>> position;
-    };
-    const size_t n_brackets = brackets_.size();
-    std::vector<Part> parts((in.n + SPAN - 1) / SPAN);
+    const size_t n_brackets = brackets_.size(), n_spans = size_t((in.n + SPAN - 1) / SPAN), before = spans_.size();
+    spans_.resize(before + n_spans);
     parallel_spans(in.n, [&](int64_t a, int64_t b) {
         // Room for all of a span, kept by each thread: only what is filled costs memory traffic.
+        constexpr int64_t ROOM = SPAN + BLOCK;
         thread_local std::vector<uint64_t> key;
         thread_local std::vector<uint16_t> position;
-        key.resize(n_brackets * SPAN), position.resize(n_brackets * SPAN);
-        Part& part = parts[a / SPAN];
-        part.found.resize(n_brackets), part.key.resize(n_brackets), part.position.resize(n_brackets);
+        key.resize(n_brackets * ROOM), position.resize(n_brackets * ROOM);
+        Span& span = spans_[before + size_t(a / SPAN)];
+        span.first = first + a;
+        span.found.resize(n_brackets);
         for (size_t j = 0; j < n_brackets; ++j)
             if (brackets_[j].low < brackets_[j].high)  // of equal keys the number is all there is to know
-                part.found[j].key = key.data() + j * SPAN,
-                part.found[j].position = position.data() + j * SPAN;
+                span.found[j].key = key.data() + j * ROOM, span.found[j].position = position.data() + j * ROOM;
         kernels().bracket(in, q.variance, q.fraction >= 0, n_ranks_, q.f64, a, b, brackets_.data(),
-                          part.found.data());
-        for (size_t j = 0; j < n_brackets; ++j)
-            if (const Bracketed& found = part.found[j]; found.key) {
-                part.key[j].assign(found.key, found.key + found.n);
-                part.position[j].assign(found.position, found.position + found.n);
+                          span.found.data());
+        int64_t held = 0;
+        for (const Bracketed& found : span.found) held += found.key ? found.n : 0;
+        span.key.reset(new uint64_t[held]), span.position.reset(new uint16_t[held]);
+        held = 0;
+        for (Bracketed& found : span.found)
+            if (found.key) {
+                std::copy_n(found.key, found.n, span.key.get() + held);
+                std::copy_n(found.position, found.n, span.position.get() + held);
+                found.key = span.key.get() + held, found.position = span.position.get() + held;
+                held += found.n;
             }
     });
-    for (size_t s = 0; s < parts.size(); ++s) span_first_.push_back(first + int64_t(s) * SPAN);
     for (size_t j = 0; j < n_brackets; ++j) {
         if (!brackets_[j].open) continue;
-        Candidates& c = candidates_[j];
-        for (const Part& part : parts) {
-            c.above += part.found[j].above, c.n += part.found[j].n;
-            if (j % n_ranks_ == 0) nonzero_[j / n_ranks_] += part.found[j].nonzero;
-            c.key.insert(c.key.end(), part.key[j].begin(), part.key[j].end());
-            c.position.insert(c.position.end(), part.position[j].begin(), part.position[j].end());
-            c.span_end.push_back(int64_t(c.key.size()));
+        int64_t held = 0;
+        for (size_t s = before; s < spans_.size(); ++s) {
+            const Bracketed& found = spans_[s].found[j];
+            totals_[j].above += found.above, totals_[j].n += found.n;
+            if (j % n_ranks_ == 0) nonzero_[j / n_ranks_] += found.nonzero;
+            held += found.key ? found.n : 0;
         }
+        totals_[j].held += held;
         // A bracket this full is no help (a great many equal keys beside others): count digits instead.
-        if (int64_t(c.key.size()) > q.n / 4 && q.fraction < 0) brackets_[j].open = false, c = Candidates();
+        if (totals_[j].held > q.n / 4 && q.fraction < 0) brackets_[j].open = false;
     }
 }
 
@@ -258,22 +321,61 @@ void OrderSweep::settle_fraction(int k, int64_t nonzero) {
 bool OrderSweep::settle_bracket(int k, int r) {
     Target& t = target(k, r, 0);
     const size_t j = size_t(k) * n_ranks_ + r;
-    const Candidates& c = candidates_[j];
-    int64_t quota = t.rank - c.above;
-    if (!brackets_[j].open || quota < 1 || quota > c.n) return false;
-    const bool equal = brackets_[j].low == brackets_[j].high;
+    int64_t quota = t.rank - totals_[j].above;
+    if (!brackets_[j].open || quota < 1 || quota > totals_[j].n) return false;
     const uint64_t low = brackets_[j].low, high = brackets_[j].high;
-    const uint64_t cut = nth_largest(c.key.data(), c.n, low, high, quota);
+    const bool equal = low == high;
+    const uint64_t cut = equal ? low : nth_candidate(j, quota);
     t.value = from_key(cut), t.last_tie = END;
     t.open = equal && !request_.all_ties;
     if (t.open) t.found = true, t.prefix = cut, t.rank = quota;
-    if (equal || request_.all_ties) return true;
-    int64_t at = 0;
-    for (;; ++at)
-        if (c.key[at] == cut && --quota == 0) break;
-    const auto span = std::upper_bound(c.span_end.begin(), c.span_end.end(), at) - c.span_end.begin();
-    t.last_tie = span_first_[span] + c.position[at];
-    return true;
+    if (request_.all_ties) return true;
+    for (const Span& span : spans_) {
+        const Bracketed& found = span.found[j];
+        const int64_t ties = equal ? found.n : std::count(found.key, found.key + found.n, cut);
+        if (ties < quota) {
+            quota -= ties;
+            continue;
+        }
+        if (equal) {
+            t.rank = quota, t.from = span.first, t.to = span.first + SPAN;
+            return true;
+        }
+        for (int64_t i = 0;; ++i)
+            if (found.key[i] == cut && --quota == 0) {
+                t.last_tie = span.first + found.position[i];
+                return true;
+            }
+    }
+    return false;
+}
+
+/// The r-th largest candidate of a bracket; r becomes its number among those equal to it. One reading of all
+/// candidates tells in which part of the bracket it lies, a second takes that part's.
+uint64_t OrderSweep::nth_candidate(size_t j, int64_t& r) const {
+    constexpr int WIDTH = 11;
+    const uint64_t low = brackets_[j].low, high = brackets_[j].high;
+    const int shift = std::max(0, 64 - __builtin_clzll(high - low) - WIDTH);
+    std::vector<uint32_t> bins(size_t(2) << WIDTH);  // two of each: equal keys in a row wait for one another
+    for (const Span& span : spans_) {
+        const Bracketed& found = span.found[j];
+        for (int64_t i = 0; i < found.n; ++i) ++bins[(found.key[i] - low) >> shift << 1 | (i & 1)];
+    }
+    for (size_t b = 0; b < bins.size() / 2; ++b) bins[b] = bins[2 * b] + bins[2 * b + 1];
+    int64_t bin = int64_t((high - low) >> shift);
+    for (; r > int64_t(bins[bin]); --bin) r -= bins[bin];
+    const uint64_t first = low + (uint64_t(bin) << shift), width = (uint64_t(1) << shift) - 1;
+    if (shift == 0) return first;
+    std::vector<uint64_t> rest(size_t(bins[bin]) + 1);  // every key is written, and the next over it if not kept
+    size_t kept = 0;
+    for (const Span& span : spans_) {
+        const Bracketed& found = span.found[j];
+        for (int64_t i = 0; i < found.n; ++i) {
+            rest[kept] = found.key[i];
+            kept += found.key[i] - first <= width;
+        }
+    }
+    return nth_largest(rest.data(), int64_t(kept), first, first + width, r);
 }
 
 bool OrderSweep::finish_brackets() {
@@ -286,7 +388,7 @@ bool OrderSweep::finish_brackets() {
     });
     bool missed = false, ties = false;
     for (const Target& t : targets_) missed |= counted(t), ties |= t.found;
-    candidates_.clear(), span_first_.clear();
+    spans_.clear();
     if (missed) bins_.assign(brackets_.size(), std::vector<uint64_t>(size_t(1) << widths_[0]));
     mode_ = missed ? Mode::Digits : ties ? Mode::Ties : Mode::Done;
     return mode_ != Mode::Done;
@@ -321,13 +423,23 @@ void OrderSweep::feed_histogram(const Operands& in) {
 
 void OrderSweep::feed_ties(const Operands& in, int64_t offset) {
     const OrderRequest& q = request_;
-    const int64_t spans = (in.n + SPAN - 1) / SPAN;
+    const int64_t spans = (in.n + SPAN - 1) / SPAN, first = offset + in.start;
     std::vector<int64_t> counts(spans);
     for (int k = 0; k < q.n_keys; ++k)
         for (int r = 0; r < n_ranks_; ++r) {
             Target& t = target(k, r, 0);
             if (!t.open || t.rank <= 0) continue;
             const int key = q.variance ? -1 : k;
+            if (t.to > t.from) {
+                const int64_t a = std::max(t.from - first, int64_t(0)), b = std::min(t.to - first, in.n);
+                if (a >= b) continue;
+                const int64_t at = kernels().find_equal(in, key, q.f64, a, b, t.prefix, t.rank);
+                if (at < 0)
+                    t.rank -= kernels().count_equal(in, key, q.f64, a, b, t.prefix);
+                else
+                    t.last_tie = first + at, t.rank = 0;
+                continue;
+            }
             parallel_spans(in.n, [&](int64_t a, int64_t b) {
                 counts[a / SPAN] = kernels().count_equal(in, key, q.f64, a, b, t.prefix);
             });
@@ -337,7 +449,7 @@ void OrderSweep::feed_ties(const Operands& in, int64_t offset) {
                     continue;
                 }
                 const int64_t a = s * SPAN, b = std::min(in.n, a + SPAN);
-                t.last_tie = offset + in.start + kernels().find_equal(in, key, q.f64, a, b, t.prefix, t.rank);
+                t.last_tie = first + kernels().find_equal(in, key, q.f64, a, b, t.prefix, t.rank);
                 t.rank = 0;
                 break;
             }
@@ -353,6 +465,7 @@ bool OrderSweep::next_pass() {
         case Mode::Bracket:
             return finish_brackets();
         case Mode::Digits:
+            if (!counting_) return true;  // brackets missed: the elements are yet to be fed for the first digit
             return next_digit();
         case Mode::Collect:
             for (int k = 0; k < q.n_keys; ++k) {

@@ -2,6 +2,7 @@
 // chunks, and how many threads work, never shows in a result: sums follow the tree of docs/numerics.md.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/plan.hpp"
@@ -66,6 +67,7 @@ class OrderSweep {
         uint64_t prefix = 0;
         bool open = true;    // false: nothing left to look for
         bool found = false;  // the value is known (`prefix`), of its ties number `rank` is still to be found
+        int64_t from = 0, to = 0;  // flat indices between which that tie lies, where known
         double value = 0;
         int64_t last_tie = -1;
     };
@@ -83,6 +85,7 @@ class OrderSweep {
     void feed_bracket(const Operands& in, int64_t first);
     void settle_fraction(int k, int64_t nonzero);
     bool settle_bracket(int k, int r);
+    uint64_t nth_candidate(size_t j, int64_t& r) const;
     void feed_histogram(const Operands& in);
     bool next_digit();
     bool finish_brackets();
@@ -95,19 +98,23 @@ class OrderSweep {
     std::vector<Target> targets_;
     std::vector<std::vector<uint64_t>> collected_;  // [n_keys][n], or of the sample
 
-    /// The keys inside one bracket, in index order, and how many of them each span has added.
-    struct Candidates {
-        int64_t above = 0, n = 0;
-        std::vector<uint64_t> key;
-        std::vector<uint16_t> position;
-        std::vector<int64_t> span_end;
+    /// What a span of elements holds of every bracket: counts, and the keys inside, in order.
+    struct Span {
+        int64_t first = 0;             // flat index
+        std::vector<Bracketed> found;  // [n_keys][R]; they point into:
+        std::unique_ptr<uint64_t[]> key;
+        std::unique_ptr<uint16_t[]> position;
     };
-    int64_t sample_size_ = 0, next_sample_ = 0;
-    std::vector<Bracket> brackets_;       // [n_keys][R]
-    std::vector<Candidates> candidates_;  // [n_keys][R]
-    std::vector<int64_t> span_first_;     // flat index of each span's first element
+    struct Total {
+        int64_t above = 0, n = 0, held = 0;
+    };
+    int64_t n_runs_ = 0, next_sample_ = 0;
+    std::vector<Bracket> brackets_;  // [n_keys][R]
+    std::vector<Total> totals_;      // [n_keys][R], over all spans
+    std::vector<Span> spans_;
     std::vector<int> widths_;
     size_t digit_ = 0;
+    bool counting_ = false;
     std::vector<std::vector<uint64_t>> bins_;     // [R * n_keys][2^width]
     std::vector<std::vector<uint64_t>> scratch_;  // [tasks][2^width]
     std::vector<int64_t> nonzero_;

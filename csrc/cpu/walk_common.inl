@@ -12,6 +12,10 @@ struct CommonExpert {
     uint32_t threshold;  // of 16-bit draws; 0 and 65536 need no draw
 };
 
+#ifndef PFD
+#define PFD 2048
+#endif
+constexpr int PREFETCH=PFD;
 constexpr int MAX_COMMON = 32;  // experts: bounds the draws on the stack
 
 inline bool is_common(const WalkPlan& plan, const Operands& in, bool f64) {
@@ -92,6 +96,12 @@ bool walk_common(const WalkPlan& plan, const Operands& in, const Ranks& ranks, i
         if (DROP)
             for (int k = 0; k < K; ++k)
                 if (experts[k].threshold - 1u < 65535u) draws16_block(experts[k].key, first, draw[k]);
+        constexpr int SIZE = T == DType::F32 ? 4 : 2;
+        for (int j = 0; j < BLOCK * SIZE; j += 64) {
+            if (in.base) __builtin_prefetch(static_cast<const char*>(in.base) + i * SIZE + j + PREFETCH);
+            for (int k = 0; k < K; ++k)
+                __builtin_prefetch(static_cast<const char*>(experts[k].x) + i * SIZE + j + PREFETCH);
+        }
         float merged[BLOCK];
         for (int j = 0; j < BLOCK; j += LANES) {
             // Without a base, subtracting +0 changes nothing; a sum that starts from -0 is its first value.
