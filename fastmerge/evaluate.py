@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
 from fastmerge.stages import (
+    F64,
     Copy,
     Cut,
     GivenMask,
     Grain,
     Keep,
     MomentResult,
+    Moments,
     OrderStatistic,
     SignBalance,
     Statistic,
@@ -279,7 +281,8 @@ def _answer_all(
     if isinstance(first, SignBalance):
         total = sum(results.values())
         return dict.fromkeys(results, total)
-    return dict.fromkeys(results, _add_moments(list(results.values())))
+    assert isinstance(first, Moments)
+    return dict.fromkeys(results, _join_moments(first.of, list(results.values())))
 
 
 def _joint_order(
@@ -310,19 +313,10 @@ def _shift(cut: Cut, offset: int) -> Cut:
     return Cut(cut.value, tie, cut.axis)
 
 
-def _add_moments(parts: Sequence[MomentResult]) -> MomentResult:
-    def total(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        columns = zip(*(getattr(p, name) for p in parts), strict=True)
-        return np.array([math.fsum(c) for c in columns])
+def _join_moments(of: str, parts: Sequence[MomentResult]) -> MomentResult:
+    def join(values: Iterable[F64]) -> F64:
+        if of == "max":
+            return np.asarray(np.max(list(values), axis=0), np.float64)
+        return np.array([math.fsum(expert) for expert in zip(*values, strict=True)])
 
-    def peak(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.asarray(np.max([getattr(p, name) for p in parts], axis=0), np.float64)
-
-    return MomentResult(
-        total("abs"),
-        total("abs_kept"),
-        total("square"),
-        total("square_kept"),
-        peak("max"),
-        peak("max_kept"),
-    )
+    return MomentResult(join(p.all for p in parts), join(p.kept for p in parts))

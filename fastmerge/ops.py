@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,12 +186,13 @@ def order_statistic(
 def moments(
     base: Tensor | None,
     experts: Sequence[Tensor],
+    of: Literal["abs", "square", "max"],
     keep: Keep | None = None,
     *,
     backend: str | None = None,
 ) -> MomentResult:
-    """Sum |d|, d^2 and take max |d| of each expert's delta, before and after `keep`, in float64."""
-    result: MomentResult = _run(Moments(keep or Keep()), _chunk(base, experts), backend)
+    """Sum |d| or d^2, or take the largest |d|, of each delta, before and after `keep`, in float64."""
+    result: MomentResult = _run(Moments(of, keep or Keep()), _chunk(base, experts), backend)
     return result
 
 

@@ -196,25 +196,23 @@ class OrderStatistic:
 
 @dataclass(frozen=True)
 class Moments:
-    """Yield to get `MomentResult`: sums over each expert's delta, before and after `keep`.
+    """Yield to get `MomentResult`: one moment of each expert's delta, before and after `keep`.
 
-    Sums are in float64 with a reduction tree fixed by element index. scope: tensor or model.
+    of: abs, the sum of |d|; square, that of d*d; max, the largest |d|. Sums are in float64 with a reduction
+    tree fixed by element index. scope: tensor or model.
     """
 
+    of: Literal["abs", "square", "max"]
     keep: Keep = field(default_factory=Keep)
     scope: Literal["tensor", "model"] = "tensor"
 
 
 @dataclass(frozen=True)
 class MomentResult:
-    """[K] float64 each; `_kept` after the keep stages (a rescale inside a drop stage is not applied)."""
+    """[K] float64 each; `kept` after the keep stages (a rescale inside a drop stage is not applied)."""
 
-    abs: F64
-    abs_kept: F64
-    square: F64
-    square_kept: F64
-    max: F64
-    max_kept: F64
+    all: F64
+    kept: F64
 
 
 @dataclass(frozen=True)

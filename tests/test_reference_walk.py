@@ -34,6 +34,8 @@ from fastmerge.stages import (
 
 # ---- sums ----------------------------------------------------------------------------------------
 
+MOMENTS = ("abs", "square", "max")
+
 
 def scalar_tree(parts: Sequence[float]) -> float:
     levels: dict[int, float] = {}
@@ -120,22 +122,20 @@ def test_gram_and_moments_match_scalars_for_any_chunking(compute: DType) -> None
     keep = Keep(drop=RankedDrop([0.2] * 3, [0.8] * 3, [1, 2, 3], rescale=True))
     mask = KERNELS.keep_mask(keep, whole[0])
     for parts in (whole, chunks):
-        moments = sweep(Moments(keep), parts, n)
+        absolute, square, high = (sweep(Moments(of, keep), parts, n) for of in MOMENTS)
         for k, d in enumerate(delta):
             v = torch.where(torch.tensor(mask[k]) != 0, d, torch.zeros_like(d))
-            for x, total, square, high in (
-                (d, moments.abs, moments.square, moments.max),
-                (v, moments.abs_kept, moments.square_kept, moments.max_kept),
-            ):
-                assert total[k] == scalar_sum(x.abs().tolist())
-                assert square[k] == scalar_sum((x * x).tolist())
-                assert high[k] == float(x.abs().max())
+            for x, which in ((d, "all"), (v, "kept")):
+                assert getattr(absolute, which)[k] == scalar_sum(x.abs().tolist())
+                assert getattr(square, which)[k] == scalar_sum((x * x).tolist())
+                assert getattr(high, which)[k] == float(x.abs().max())
 
 
 def test_statistics_of_nothing() -> None:
     empty = Chunk(None, [Buffer(0, DType.F32, 0)] * 2, 0, 0, 5, DType.F32)
-    moments = sweep(Moments(), [empty], 0)
-    assert moments.abs.tolist() == moments.max.tolist() == [0.0, 0.0]
+    for of in MOMENTS:
+        moments = sweep(Moments(of), [empty], 0)
+        assert moments.all.tolist() == moments.kept.tolist() == [0.0, 0.0]
     assert sweep(Gram(), [empty], 0).tolist() == np.zeros((2, 2, 1)).tolist()
     assert sweep(Gram(axis=Axis.ROW), [empty], 0).shape == (2, 2, 0)
     none, some = sweep(OrderStatistic([[0, 1]] * 2), [empty], 0)
@@ -146,8 +146,8 @@ def test_statistics_of_nothing() -> None:
 
 def test_nan_is_the_largest_moment() -> None:
     x = torch.tensor([math.inf, math.nan, 1.0])
-    moments = sweep(Moments(), [chunk(None, [x], 3)], 3)
-    assert math.isnan(moments.max[0]) and math.isnan(moments.abs[0])
+    for of in MOMENTS:
+        assert math.isnan(sweep(Moments(of), [chunk(None, [x], 3)], 3).all[0])
 
 
 # ---- walk ----------------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ PYBIND11_MODULE(_cpu, m) {
             return out;
         });
     py::class_<MomentSweep>(m, "MomentSweep")
-        .def(py::init<int, bool>())
+        .def(py::init(
+            [](int of, int n_experts, bool f64) { return new MomentSweep(Moment(of), n_experts, f64); }))
         .def("feed",
              [](MomentSweep& s, const PyKeep& k, const PyOperands& in) {
                  check(k.plan, in);
@@ -222,10 +223,8 @@ PYBIND11_MODULE(_cpu, m) {
                  s.feed(k.plan, in.view);
              })
         .def("result", [](MomentSweep& s) {
-            std::vector<double> sums, maxima;
-            s.result(sums, maxima);
-            const py::ssize_t K = py::ssize_t(maxima.size() / 2);
-            return py::make_tuple(to_array(sums, {K, py::ssize_t(N_SUMS)}), to_array(maxima, {K, 2}));
+            const std::vector<double> values = s.result();
+            return to_array(values, {py::ssize_t(values.size() / 2), 2});
         });
     py::class_<GramSweep>(m, "GramSweep")
         .def(py::init([](int k, int axis, int64_t n, int64_t cols, bool f64) {

@@ -103,6 +103,14 @@ inline Words least(Words a, Words b) {
 #endif
 }
 
+inline Words most(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_maskz_max_epu32(0xffff, __m512i(a), __m512i(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+
 /// As greater_mask, of 64 keys in registers.
 inline uint64_t lanes_above(const Words* keys, uint32_t bound) {
     uint64_t mask = 0;
@@ -122,6 +130,177 @@ inline uint64_t lanes_above(const Words* keys, uint32_t bound) {
         mask |= uint64_t(bits) << (v * LANES);
     }
     return mask;
+}
+
+// ---- picks: one truth per lane ----------------------------------------------------------------------------
+
+// Masks have registers of their own in AVX-512, which the compiler's vector extension does not know of: it
+// would make vectors of them and back.
+#if defined(__AVX512F__)
+typedef __mmask16 Picks;
+inline Picks above(Words a, Words b) {
+    return _mm512_cmpgt_epu32_mask(__m512i(a), __m512i(b));
+}
+inline Picks positive(Floats x) {
+    return _mm512_cmp_ps_mask(__m512(x), _mm512_setzero_ps(), _CMP_GT_OQ);
+}
+inline Picks zero_lanes(Floats x) {
+    return _mm512_cmp_ps_mask(__m512(x), _mm512_setzero_ps(), _CMP_EQ_OQ);
+}
+inline Picks below(Floats a, Floats b) {
+    return _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_LT_OQ);
+}
+/// Neither zero nor positive: negative, or NaN.
+inline Picks negative(Floats x) {
+    return _mm512_cmp_ps_mask(__m512(x), _mm512_setzero_ps(), _CMP_NGE_UQ);
+}
+/// Lanes of vector v of a block whose 64 truths are `bits`.
+inline Picks picks_of(uint64_t bits, int v) {
+    return Picks(bits >> (v * LANES));
+}
+inline uint64_t bits_of(Picks p, int v) {
+    return uint64_t(p) << (v * LANES);
+}
+inline Floats where(Picks p, Floats a, Floats b) {
+    return Floats(_mm512_mask_blend_ps(p, __m512(b), __m512(a)));
+}
+/// x where picked, else +0.
+inline Floats only(Picks p, Floats x) {
+    return Floats(_mm512_maskz_mov_ps(p, __m512(x)));
+}
+/// sum + x where picked, else sum: the same as adding +0, as no sum is ever -0.
+inline Floats add_where(Floats sum, Picks p, Floats x) {
+    return Floats(_mm512_mask_add_ps(__m512(sum), p, __m512(sum), __m512(x)));
+}
+inline Picks both(Picks a, Picks b) {
+    return Picks(a & b);
+}
+inline Picks not_in(Picks a) {
+    return Picks(~a);
+}
+#else
+typedef Ints Picks;
+inline Picks above(Words a, Words b) {
+    return Ints(a) > Ints(b);  // keys and cuts are below 2^31
+}
+inline Picks positive(Floats x) {
+    return x > Floats{};
+}
+inline Picks zero_lanes(Floats x) {
+    return x == Floats{};
+}
+inline Picks below(Floats a, Floats b) {
+    return a < b;
+}
+inline Picks negative(Floats x) {
+    return ~(x >= Floats{});
+}
+inline Picks picks_of(uint64_t bits, int v) {
+    Ints lane;
+    for (int j = 0; j < LANES; ++j) lane[j] = 1 << j;
+    return ((Ints{} + int32_t(bits >> (v * LANES) & ((1u << LANES) - 1))) & lane) != Ints{};
+}
+inline uint64_t bits_of(Picks p, int v) {
+    uint64_t bits = 0;
+#if defined(__AVX2__)
+    bits = uint32_t(_mm256_movemask_ps(__m256(p)));
+#elif defined(__SSE2__)
+    bits = uint32_t(_mm_movemask_ps(__m128(p)));
+#else
+    for (int j = 0; j < LANES; ++j) bits |= uint64_t(p[j] & 1) << j;
+#endif
+    return bits << (v * LANES);
+}
+inline Floats where(Picks p, Floats a, Floats b) {
+    return p ? a : b;
+}
+inline Floats only(Picks p, Floats x) {
+    return Floats(Ints(x) & p);
+}
+inline Floats add_where(Floats sum, Picks p, Floats x) {
+    return sum + only(p, x);
+}
+inline Picks both(Picks a, Picks b) {
+    return a & b;
+}
+inline Picks not_in(Picks a) {
+    return ~a;
+}
+#endif
+
+/// Words at table[index[0]], table[index[1]], ...
+inline Words gather(const uint32_t* table, const uint32_t* index) {
+#if defined(__AVX512F__)
+    const __m512i at = _mm512_loadu_si512(index);
+    return Words(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, at, table, 4));
+#else
+    Words words;
+    for (int j = 0; j < LANES; ++j) words[j] = table[index[j]];
+    return words;
+#endif
+}
+
+/// Bit j is set iff draw[j] < threshold, of 64 draws; 0 < threshold <= 65535.
+inline uint64_t draws_below(const uint16_t* draw, uint32_t threshold) {
+#if defined(__AVX512BW__)
+    const __m512i t = _mm512_set1_epi16(short(threshold));
+    return uint64_t(_mm512_cmplt_epu16_mask(_mm512_loadu_si512(draw), t)) |
+           uint64_t(_mm512_cmplt_epu16_mask(_mm512_loadu_si512(draw + 32), t)) << 32;
+#else
+    uint64_t bits = 0;
+#if defined(__AVX2__)
+    const __m256i top = _mm256_set1_epi16(short(threshold - 1));
+    for (int j = 0; j < 64; j += 32) {
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(draw + j)),
+                      b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(draw + j + 16));
+        const __m256i below_a = _mm256_cmpeq_epi16(_mm256_min_epu16(a, top), a),
+                      below_b = _mm256_cmpeq_epi16(_mm256_min_epu16(b, top), b);
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(below_a, below_b), 0xd8);
+        bits |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
+    }
+#else
+    for (int j = 0; j < 64; ++j) bits |= uint64_t(draw[j] < threshold) << j;
+#endif
+    return bits;
+#endif
+}
+
+// ---- doubles: a vector of floats makes two
+// -----------------------------------------------------------------
+
+typedef double Doubles __attribute__((vector_size(WIDE)));
+
+struct TwoDoubles {
+    Doubles low, high;
+};
+
+inline TwoDoubles to_doubles(Floats x) {
+#if defined(__AVX512F__)
+    const __m256 low = _mm512_maskz_extractf32x8_ps(0xff, __m512(x), 0),
+                 high = _mm512_maskz_extractf32x8_ps(0xff, __m512(x), 1);
+    return {Doubles(_mm512_maskz_cvtps_pd(0xff, low)), Doubles(_mm512_maskz_cvtps_pd(0xff, high))};
+#else
+    typedef float Part __attribute__((vector_size(WIDE / 2)));
+    Part part[2];
+    memcpy(part, &x, sizeof x);
+    return {__builtin_convertvector(part[0], Doubles), __builtin_convertvector(part[1], Doubles)};
+#endif
+}
+
+// ---- stores
+// ------------------------------------------------------------------------------------------------
+
+/// As float_to_bf16.
+inline Halves to_bf16(Floats x) {
+    const Words u = Words(x);
+    const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const Words nan = ((u >> 16) & 0x8000u) | 0x7fc0u;
+    const Words out = Ints(u & 0x7fffffffu) > 0x7f800000 ? nan : rounded;
+#if defined(__AVX512F__)
+    return Halves(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(out)));
+#else
+    return __builtin_convertvector(out, Halves);
+#endif
 }
 
 }  // namespace FM_ISA

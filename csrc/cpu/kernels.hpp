@@ -10,10 +10,15 @@ struct Ranks {
     const double* low = nullptr;     // [K, units] least |delta|, when by_value
     const double* high = nullptr;    // [K, units] largest |delta|, when by_value
     int64_t unit = 1;                // elements of a unit
+    const uint64_t* kept = nullptr;  // [K, n / 64] what the ranked drop leaves, a bit each, instead of ranks
 };
 
-/// Index of the six sums that `moments` takes of each expert.
-enum Moment : int { AbsRaw = 0, AbsKept = 1, SquareRaw = 2, SquareKept = 3, N_SUMS = 4 };
+enum class Moment : int32_t { Abs = 0, Square = 1, Max = 2 };
+
+constexpr int RANK_BINS = 512;
+constexpr int64_t RANK_SCRATCH(int64_t cols) {
+    return 3 * cols + 3 * RANK_BINS + 64;
+}
 
 /// Keys that may be a cut: low <= key <= high.
 struct Bracket {
@@ -25,8 +30,9 @@ struct Bracket {
 struct Bracketed {
     int64_t above = 0, nonzero = 0;  // keys above the bracket, and keys that are not zero
     int64_t n = 0;                   // keys in it
-    uint64_t* key = nullptr;         // these, in order, room for the whole span and a block; null: they are only counted
-    uint16_t* position = nullptr;    // where they are, relative to the span's first element
+    uint64_t* key =
+        nullptr;  // these, in order, room for the whole span and a block; null: they are only counted
+    uint16_t* position = nullptr;  // where they are, relative to the span's first element
 };
 
 /// What an order statistic is over: expert `k`'s |delta|, or with k = -1 the variance over experts.
@@ -39,9 +45,10 @@ struct KernelTable {
     /// Write [K, n] uint8 for elements [a, b).
     void (*keep_mask)(const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b,
                       uint8_t* out);
-    /// Add elements [a, b) to lanes [K, N_SUMS, BLOCK] and maxima [K, 2]; lane = flat index mod BLOCK.
-    void (*moments)(const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b, double* lanes,
-                    double* maxima);
+    /// Add elements [a, b), or raise to the largest of them, to lanes [K, 2 (all, kept), BLOCK]; lane = flat
+    /// index mod BLOCK.
+    void (*moments)(Moment, const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b,
+                    double* lanes);
     /// Add elements [a, b) to lanes [pairs, BLOCK]; lane = (position + a) mod BLOCK; pairs (j, k), j <= k.
     void (*gram)(const Operands&, bool f64, int64_t a, int64_t b, int64_t position, double* lanes);
     /// Add rows [r0, r1) of columns [c0, c1) to sums [pairs, cols].
@@ -65,6 +72,12 @@ struct KernelTable {
     int64_t (*find_equal)(const Operands&, int k, bool f64, int64_t a, int64_t b, uint64_t key, int64_t q);
     /// Ranks (ascending |delta|, lower index first) of the m elements from `a`.
     void (*rank_unit)(const Operands&, int k, bool f64, int64_t a, int64_t m, uint32_t* rank);
+    /// Whether `rank_row` can do what a ranked drop asks.
+    bool (*ranks_rows)(const Keep&, const Operands&, bool f64);
+    /// Decide the ranked drop of the row that begins at `a`: bit j is set iff its draw is below
+    /// threshold[rank of element j]. threshold: [cols], ascending; scratch: RANK_SCRATCH(cols) words.
+    void (*rank_row)(const Operands&, int k, int64_t a, const uint32_t* threshold, uint64_t key,
+                     uint32_t* scratch, uint64_t* kept);
 };
 
 /// The table in use: the best level this machine has, or the one FASTMERGE_CPU_ISA or set_isa names.

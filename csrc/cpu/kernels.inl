@@ -49,6 +49,8 @@ template <class Real, class F>
 inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t i, int m,
                           const Real* base, F&& f) {
     const bool plain = !keep.any();
+    Keep rest = keep;
+    if (ranks.kept) rest.drop = DropKind::None;  // decided already
     Mask<Real> select[BLOCK];
     if (keep.select.value) {
         Real var[BLOCK];
@@ -66,9 +68,14 @@ inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ran
             continue;
         }
         double p[BLOCK];
-        if (keep.drop == DropKind::Ranked) rank_probability(keep, in, ranks, k, i, m, d, p);
-        const bool scaled = keep_block(keep, in.cols, k, in.start, i, m, d,
+        if (rest.drop == DropKind::Ranked) rank_probability(keep, in, ranks, k, i, m, d, p);
+        const bool scaled = keep_block(rest, in.cols, k, in.start, i, m, d,
                                        keep.select.value ? select : nullptr, p, kept, inv);
+        if (ranks.kept)
+            for (int j = 0; j < m; ++j) {
+                const uint64_t word = ranks.kept[(int64_t(k) * in.n + i + j) / 64];
+                kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
+            }
         for (int j = 0; j < BLOCK; ++j) v[j] = d[j];
         zero_dropped<Real>(kept, v);
         f(k, d, v, kept, scaled ? inv : nullptr);
@@ -144,6 +151,7 @@ bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, in
     return bad;
 }
 
+#include "cpu/common.inl"
 #include "cpu/walk_common.inl"
 
 template <class Real>
@@ -162,33 +170,26 @@ void keep_mask_range(const Keep& keep, const Operands& in, const Ranks& ranks, i
     }
 }
 
-/// Add a run's |x| and x*x to their lanes; a full block has a constant trip count.
+/// Add a run's moment to its lanes, or raise them to it; a full block has a constant trip count.
 template <class Real>
-inline void add_moments(const Real* x, int m, double* __restrict abs, double* __restrict square) {
-    const auto add = [&](int j) {
-        const double y = double(x[j]);
-        abs[j] += y < 0 ? -y : y;
-        square[j] += y * y;
+inline void add_moment(Moment of, const Real* x, int m, double* __restrict lane) {
+    const auto visit = [&](auto each) {
+        if (m == BLOCK)
+            for (int j = 0; j < BLOCK; ++j) each(j, double(absolute(x[j])));
+        else
+            for (int j = 0; j < m; ++j) each(j, double(absolute(x[j])));
     };
-    if (m == BLOCK)
-        for (int j = 0; j < BLOCK; ++j) add(j);
+    if (of == Moment::Abs)
+        visit([&](int j, double y) { lane[j] += y; });
+    else if (of == Moment::Square)
+        visit([&](int j, double y) { lane[j] += y * y; });
     else
-        for (int j = 0; j < m; ++j) add(j);
+        visit([&](int j, double y) { lane[j] = y > lane[j] || y != y ? y : lane[j]; });  // NaN is largest
 }
 
 template <class Real>
-void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
-                   double* lanes, double* maxima) {
-    const int K = in.n_experts;
-    const bool plain = !keep.any();
-    // Maxima by place in the block, folded at the end: a single running maximum would not vectorise.
-    const std::unique_ptr<Key<Real>[]> high(new Key<Real>[size_t(K) * 2 * BLOCK]());
-    const auto raise = [](const Real* x, Key<Real>* top) {
-        for (int j = 0; j < BLOCK; ++j) {
-            const Key<Real> key = order_key(x[j]);
-            top[j] = key > top[j] ? key : top[j];
-        }
-    };
+void moments_range(Moment of, const Keep& keep, const Operands& in, const Ranks& ranks, int64_t a, int64_t b,
+                   double* lanes) {
     for (int64_t i = a; i < b;) {
         const int m = block_length(in, i, b, splits_rows(keep));
         const int lane = int((in.start + i) % BLOCK);
@@ -196,29 +197,11 @@ void moments_range(const Keep& keep, const Operands& in, const Ranks& ranks, int
         if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
         visit_experts<Real>(keep, in, ranks, i, m, base,
                             [&](int k, const Real* d, const Real* v, const Mask<Real>*, const Real*) {
-                                double* sum = lanes + int64_t(k) * N_SUMS * BLOCK + lane;
-                                Key<Real>* top = high.get() + size_t(k) * 2 * BLOCK;
-                                add_moments(d, m, sum + AbsRaw * BLOCK, sum + SquareRaw * BLOCK);
-                                raise(d, top);
-                                if (plain) return;
-                                add_moments(v, m, sum + AbsKept * BLOCK, sum + SquareKept * BLOCK);
-                                raise(v, top + BLOCK);
+                                double* all = lanes + int64_t(k) * 2 * BLOCK + lane;
+                                add_moment(of, d, m, all);
+                                add_moment(of, v, m, all + BLOCK);
                             });
         i += m;
-    }
-    for (int k = 0; k < K; ++k) {
-        double* sum = lanes + int64_t(k) * N_SUMS * BLOCK;
-        Key<Real>* top = high.get() + size_t(k) * 2 * BLOCK;
-        for (int j = 0; plain && j < BLOCK; ++j) {  // what is kept is everything: the same sums
-            sum[AbsKept * BLOCK + j] = sum[AbsRaw * BLOCK + j];
-            sum[SquareKept * BLOCK + j] = sum[SquareRaw * BLOCK + j];
-            top[BLOCK + j] = top[j];
-        }
-        for (int j = 0; j < 2 * BLOCK; ++j) {
-            double& most = maxima[2 * k + j / BLOCK];
-            const double x = double(bit_cast<Real>(top[j]));
-            most = x > most || x != x ? x : most;  // NaN is largest and stays
-        }
     }
 }
 
@@ -431,23 +414,23 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 #include "cpu/statistics_common.inl"
 
-// The fast path of a statistic, where the operands allow it.
-#define FM_FAST(name, in, ...)                                                               \
-    if (of_one_type(in, f64)) {                                                              \
-        if (in.expert_type[0] == DType::BF16) return name<DType::BF16>(in, __VA_ARGS__);     \
-        if (in.expert_type[0] == DType::F16) return name<DType::F16>(in, __VA_ARGS__);       \
-        return name<DType::F32>(in, __VA_ARGS__);                                            \
-    }
+// The instantiation of a template for the operands' one type.
+#define FM_BY_TYPE(in, name, ...)                                                      \
+    do {                                                                               \
+        if ((in).expert_type[0] == DType::BF16) return name<DType::BF16>(__VA_ARGS__); \
+        if ((in).expert_type[0] == DType::F16) return name<DType::F16>(__VA_ARGS__);   \
+        return name<DType::F32>(__VA_ARGS__);                                          \
+    } while (false)
 
 // The table's entries choose the compute type; everything below them is a template over it.
 #define FM_CHOOSE(call_f32, call_f64) return f64 ? call_f64 : call_f32
 
 bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
           DType t) {
-    if (is_common(p, in, f64)) {
-        if (in.expert_type[0] == DType::BF16) return walk_common_of<DType::BF16>(p, in, r, a, b, out, t);
-        if (in.expert_type[0] == DType::F16) return walk_common_of<DType::F16>(p, in, r, a, b, out, t);
-        return walk_common_of<DType::F32>(p, in, r, a, b, out, t);
+    if (CommonExpert experts[MAX_COMMON]; common_walk(p, in, r, f64, experts)) {
+        if (p.vote == Vote::None) FM_BY_TYPE(in, walk_sum, p, in, r, experts, a, b, out, t);
+        if (p.vote == Vote::Mass) FM_BY_TYPE(in, walk_mass, p, in, r, experts, a, b, out, t);
+        FM_BY_TYPE(in, walk_delta, p, in, r, experts, a, b, out, t);
     }
     FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
 }
@@ -455,12 +438,15 @@ void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int6
                uint8_t* out) {
     FM_CHOOSE(keep_mask_range<float>(p, in, r, a, b, out), keep_mask_range<double>(p, in, r, a, b, out));
 }
-void moments(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, double* lanes,
-             double* maxima) {
-    FM_CHOOSE(moments_range<float>(p, in, r, a, b, lanes, maxima),
-              moments_range<double>(p, in, r, a, b, lanes, maxima));
+void moments(Moment of, const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,
+             double* lanes) {
+    if (CommonExpert experts[MAX_COMMON]; common_experts(p, in, r, f64, experts))
+        FM_BY_TYPE(in, moments_common, of, p, in, r, experts, a, b, lanes);
+    FM_CHOOSE(moments_range<float>(of, p, in, r, a, b, lanes),
+              moments_range<double>(of, p, in, r, a, b, lanes));
 }
 void gram(const Operands& in, bool f64, int64_t a, int64_t b, int64_t position, double* lanes) {
+    if (of_one_type(in, f64)) FM_BY_TYPE(in, gram_common, in, a, b, position, lanes);
     FM_CHOOSE(gram_range<float>(in, a, b, position, lanes), gram_range<double>(in, a, b, position, lanes));
 }
 void gram_columns(const Operands& in, bool f64, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
@@ -481,7 +467,8 @@ void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int sh
 }
 void bracket(const Operands& in, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
              const Bracket* brackets, Bracketed* counts) {
-    FM_FAST(bracket_common, in, variance, nonzero, n_ranks, a, b, brackets, counts);
+    if (of_one_type(in, f64))
+        FM_BY_TYPE(in, bracket_common, in, variance, nonzero, n_ranks, a, b, brackets, counts);
     FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a),
               bracket_range<double>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a));
 }
@@ -494,6 +481,14 @@ int64_t find_equal(const Operands& in, int k, bool f64, int64_t a, int64_t b, ui
 void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32_t* rank) {
     FM_CHOOSE(rank_unit_range<float>(in, k, a, m, rank), rank_unit_range<double>(in, k, a, m, rank));
 }
+bool ranks_rows(const Keep& keep, const Operands& in, bool f64) {
+    return keep.drop_axis == Axis::Row && !keep.by_value && !keep.rescale && !keep.given &&
+           in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && of_one_type(in, f64);
+}
+void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, uint64_t key,
+              uint32_t* scratch, uint64_t* kept) {
+    FM_BY_TYPE(in, rank_row_common, in, k, a, threshold, key, scratch, kept);
+}
 #undef FM_CHOOSE
 
 #define FM_TEXT_(x) #x
@@ -502,9 +497,9 @@ void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {FM_TEXT(FM_ISA), walk,         keep_mask, moments,   gram,
-                           gram_columns,    sign_balance, keys,      histogram, bracket,
-                           count_equal,     find_equal,   rank_unit};
+const KernelTable table = {FM_TEXT(FM_ISA), walk,         keep_mask, moments,    gram,
+                           gram_columns,    sign_balance, keys,      histogram,  bracket,
+                           count_equal,     find_equal,   rank_unit, ranks_rows, rank_row};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

@@ -15,7 +15,7 @@ namespace fastmerge {
 namespace {
 
 constexpr int64_t COLLECT_BELOW = int64_t(1) << 17;  // up to here keys are kept and selected directly
-constexpr int64_t RUN = 16;  // sampled elements that lie side by side
+constexpr int64_t RUN = 16;                          // sampled elements that lie side by side
 constexpr int64_t END = std::numeric_limits<int64_t>::max();
 
 /// The r-th largest (from 1) of n keys that all lie in [low, high]; r becomes its number among those equal to
@@ -54,13 +54,14 @@ uint64_t nth_largest(const uint64_t* keys, int64_t n, uint64_t low, uint64_t hig
     return low;
 }
 
-/// Standard deviation of how many of a sample's keys are above `about`, run by run; of a fraction of the nonzero
-/// ones (fraction >= 0), of what is above less the fraction of those.
+/// Standard deviation of how many of a sample's keys are above `about`, run by run; of a fraction of the
+/// nonzero ones (fraction >= 0), of what is above less the fraction of those.
 FM_CLONES double rank_deviation(const uint64_t* keys, int64_t n, uint64_t about, double p, double fraction) {
     double sum = 0, square = 0;
     for (int64_t j = 0; j < n; j += RUN) {
         int64_t above = 0, nonzero = 0;  // keys are below 2^63: a difference's sign compares them
-        for (int64_t i = j; i < j + RUN; ++i) above -= int64_t(about - keys[i]) >> 63, nonzero += keys[i] != 0;
+        for (int64_t i = j; i < j + RUN; ++i)
+            above -= int64_t(about - keys[i]) >> 63, nonzero += keys[i] != 0;
         const double excess = double(above) - (fraction >= 0 ? fraction * double(nonzero) : p * RUN);
         sum += excess, square += excess * excess;
     }
@@ -197,8 +198,8 @@ void OrderSweep::feed(const Operands& in, int64_t offset) {
     }
 }
 
-/// Take the sampled ones of a chunk's keys: short runs, spread evenly with a jitter against periods. Memory hands
-/// out whole cache lines; a run costs no more than one of its elements would.
+/// Take the sampled ones of a chunk's keys: short runs, spread evenly with a jitter against periods. Memory
+/// hands out whole cache lines; a run costs no more than one of its elements would.
 void OrderSweep::feed_sample(const Operands& in, int64_t first) {
     const OrderRequest& q = request_;
     const int64_t size = n_runs_ * RUN, stride = q.n / n_runs_ - RUN;
@@ -267,7 +268,8 @@ void OrderSweep::set_brackets() {
 
 void OrderSweep::feed_bracket(const Operands& in, int64_t first) {
     const OrderRequest& q = request_;
-    const size_t n_brackets = brackets_.size(), n_spans = size_t((in.n + SPAN - 1) / SPAN), before = spans_.size();
+    const size_t n_brackets = brackets_.size(), n_spans = size_t((in.n + SPAN - 1) / SPAN),
+                 before = spans_.size();
     spans_.resize(before + n_spans);
     parallel_spans(in.n, [&](int64_t a, int64_t b) {
         // Room for all of a span, kept by each thread: only what is filled costs memory traffic.
@@ -280,7 +282,8 @@ void OrderSweep::feed_bracket(const Operands& in, int64_t first) {
         span.found.resize(n_brackets);
         for (size_t j = 0; j < n_brackets; ++j)
             if (brackets_[j].low < brackets_[j].high)  // of equal keys the number is all there is to know
-                span.found[j].key = key.data() + j * ROOM, span.found[j].position = position.data() + j * ROOM;
+                span.found[j].key = key.data() + j * ROOM,
+                span.found[j].position = position.data() + j * ROOM;
         kernels().bracket(in, q.variance, q.fraction >= 0, n_ranks_, q.f64, a, b, brackets_.data(),
                           span.found.data());
         int64_t held = 0;
@@ -366,7 +369,8 @@ uint64_t OrderSweep::nth_candidate(size_t j, int64_t& r) const {
     for (; r > int64_t(bins[bin]); --bin) r -= bins[bin];
     const uint64_t first = low + (uint64_t(bin) << shift), width = (uint64_t(1) << shift) - 1;
     if (shift == 0) return first;
-    std::vector<uint64_t> rest(size_t(bins[bin]) + 1);  // every key is written, and the next over it if not kept
+    std::vector<uint64_t> rest(size_t(bins[bin]) +
+                               1);  // every key is written, and the next over it if not kept
     size_t kept = 0;
     for (const Span& span : spans_) {
         const Bracketed& found = span.found[j];
@@ -465,7 +469,8 @@ bool OrderSweep::next_pass() {
         case Mode::Bracket:
             return finish_brackets();
         case Mode::Digits:
-            if (!counting_) return true;  // brackets missed: the elements are yet to be fed for the first digit
+            if (!counting_)
+                return true;  // brackets missed: the elements are yet to be fed for the first digit
             return next_digit();
         case Mode::Collect:
             for (int k = 0; k < q.n_keys; ++k) {

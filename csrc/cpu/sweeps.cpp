@@ -45,8 +45,12 @@ std::vector<double> CounterTree::total() const {
     return acc;
 }
 
-RankData::RankData(const Keep& keep, const Operands& in, bool f64, bool undrawn) {
+RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need) {
     if (keep.drop != DropKind::Ranked || in.n == 0) return;
+    if (need == Kept && kernels().ranks_rows(keep, in, f64)) {
+        decide_rows(keep, in);
+        return;
+    }
     const int64_t unit = keep.drop_axis == Axis::Row ? in.cols : in.n;
     const int64_t units = in.n / unit, tasks = units * in.n_experts;
     view.unit = unit;
@@ -74,14 +78,43 @@ RankData::RankData(const Keep& keep, const Operands& in, bool f64, bool undrawn)
         const int k = int(t / units);
         const int64_t a = (t % units) * unit;
         const bool drawn = keep.p_low[k] < 1.0 && keep.p_high[k] > 0.0;
-        if (!drawn && !undrawn) return;  // no draw, no rank
+        if (!drawn && need != AllRanks) return;  // no draw, no rank
         kernels().rank_unit(in, k, f64, a, unit, rank_.data() + size_t(k) * in.n + a);
     });
     view.rank = rank_.data();
 }
 
+/// Decide the ranked drop row by row; what is kept takes a bit of an element.
+void RankData::decide_rows(const Keep& keep, const Operands& in) {
+    const int64_t rows = in.n / in.cols, words = in.n / 64, row_words = in.cols / 64;
+    kept_.assign(size_t(in.n_experts * words), ~uint64_t(0));
+    std::vector<std::vector<uint32_t>> threshold(static_cast<size_t>(in.n_experts));
+    for (int k = 0; k < in.n_experts; ++k) {
+        const double low = keep.p_low[k], span = keep.p_high[k] - low;
+        if (low >= 1.0) continue;  // everything is kept
+        threshold[k].resize(size_t(in.cols));
+        for (int64_t r = 0; r < in.cols && keep.p_high[k] > 0.0; ++r) {
+            // As rank_probability and keep_block: the same roundings in the same order.
+            const double q = in.cols > 1 ? double(r) / double(in.cols - 1) : 0.5;
+            const double rise = span * q, p = low + rise;
+            const double t = p * 65536.0 + 0.5;
+            threshold[k][r] = uint32_t(!(t >= 0) ? 0 : t > 65536.0 ? 65536.0 : t);
+        }
+    }
+    parallel(rows * in.n_experts, [&](int64_t t) {
+        const int k = int(t / rows);
+        const int64_t row = t % rows;
+        if (threshold[k].empty()) return;
+        thread_local std::vector<uint32_t> scratch;
+        scratch.resize(size_t(RANK_SCRATCH(in.cols)));
+        kernels().rank_row(in, k, row * in.cols, threshold[k].data(), keep.key[k], scratch.data(),
+                           kept_.data() + k * words + row * row_words);
+    });
+    view.unit = in.cols, view.kept = kept_.data();
+}
+
 void run_walk(const WalkPlan& plan, const Operands& in, bool f64, void* out, DType out_type, bool* bad) {
-    const RankData ranks(plan.keep, in, f64);
+    const RankData ranks(plan.keep, in, f64, RankData::Kept);
     std::atomic<bool> seen{false};
     parallel_spans(in.n, [&](int64_t a, int64_t b) {
         if (kernels().walk(plan, in, ranks.view, f64, a, b, out, out_type)) seen = true;
@@ -90,13 +123,13 @@ void run_walk(const WalkPlan& plan, const Operands& in, bool f64, void* out, DTy
 }
 
 void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out) {
-    const RankData ranks(keep, in, f64);
+    const RankData ranks(keep, in, f64, RankData::Kept);
     parallel_spans(in.n,
                    [&](int64_t a, int64_t b) { kernels().keep_mask(keep, in, ranks.view, f64, a, b, out); });
 }
 
 void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double* p) {
-    const RankData ranks(keep, in, f64, true);
+    const RankData ranks(keep, in, f64, RankData::AllRanks);
     const int64_t units = in.n / ranks.view.unit;
     std::vector<uint64_t> keys(in.n);
     for (int k = 0; k < in.n_experts; ++k) {
@@ -119,7 +152,7 @@ void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double
 }
 
 int64_t run_sign_balance(const WalkPlan& plan, const Operands& in, bool f64) {
-    const RankData ranks(plan.keep, in, f64);
+    const RankData ranks(plan.keep, in, f64, RankData::Kept);
     std::atomic<int64_t> balance{0};
     parallel_spans(in.n, [&](int64_t a, int64_t b) {
         balance += kernels().sign_balance(plan, in, ranks.view, f64, a, b);
@@ -151,55 +184,63 @@ void over_segments(int64_t position, int64_t n, Partial partial, Close close, Wh
 
 }  // namespace
 
-MomentSweep::MomentSweep(int n_experts, bool f64)
-    : n_experts_(n_experts),
+MomentSweep::MomentSweep(Moment of, int n_experts, bool f64)
+    : of_(of),
+      n_experts_(n_experts),
       f64_(f64),
-      lanes_(size_t(n_experts) * N_SUMS * BLOCK),
+      lanes_(size_t(n_experts) * 2 * BLOCK),
       maxima_(size_t(n_experts) * 2),
-      tree_(size_t(n_experts) * N_SUMS) {}
+      tree_(size_t(n_experts) * 2) {}
+
+std::vector<double> MomentSweep::fold(const double* lanes) const {
+    std::vector<double> values(width());
+    for (size_t j = 0; j < width(); ++j) {
+        const double* x = lanes + j * BLOCK;
+        if (of_ != Moment::Max) {
+            values[j] = fold_lanes(x);
+        } else {
+            for (int l = 0; l < BLOCK; ++l)
+                if (x[l] > values[j] || x[l] != x[l]) values[j] = x[l];  // NaN is largest and stays
+        }
+    }
+    return values;
+}
+
+void MomentSweep::push(const double* values) {
+    if (of_ != Moment::Max) return tree_.push(values);
+    for (size_t j = 0; j < width(); ++j)
+        if (values[j] > maxima_[j] || values[j] != values[j]) maxima_[j] = values[j];
+}
 
 void MomentSweep::feed(const Keep& keep, const Operands& in) {
-    const RankData ranks(keep, in, f64_);
-    const auto close = [&] {
-        std::vector<double> sums(width());
-        for (size_t j = 0; j < width(); ++j) sums[j] = fold_lanes(lanes_.data() + j * BLOCK);
-        tree_.push(sums.data());
-        std::fill(lanes_.begin(), lanes_.end(), 0.0);
-    };
-    const auto whole = [&](int64_t first, int64_t count) {
-        std::vector<double> sums(width() * count), maxima(maxima_.size() * count);
-        parallel(count, [&](int64_t s) {
-            std::vector<double> lanes(lanes_.size());
-            const int64_t a = first + s * SEGMENT;
-            kernels().moments(keep, in, ranks.view, f64_, a, a + SEGMENT, lanes.data(),
-                              maxima.data() + s * maxima_.size());
-            for (size_t j = 0; j < width(); ++j) sums[s * width() + j] = fold_lanes(lanes.data() + j * BLOCK);
-        });
-        for (int64_t s = 0; s < count; ++s) {
-            tree_.push(sums.data() + s * width());
-            for (size_t j = 0; j < maxima_.size(); ++j) {
-                const double x = maxima[s * maxima_.size() + j];
-                if (x > maxima_[j] || x != x) maxima_[j] = x;
-            }
-        }
-    };
+    const RankData ranks(keep, in, f64_, RankData::Kept);
     over_segments(
         position_, in.n,
         [&](int64_t a, int64_t b) {
-            kernels().moments(keep, in, ranks.view, f64_, a, b, lanes_.data(), maxima_.data());
+            kernels().moments(of_, keep, in, ranks.view, f64_, a, b, lanes_.data());
         },
-        close, whole);
+        [&] {
+            push(fold(lanes_.data()).data());
+            std::fill(lanes_.begin(), lanes_.end(), 0.0);
+        },
+        [&](int64_t first, int64_t count) {
+            std::vector<double> values(width() * size_t(count));
+            parallel(count, [&](int64_t s) {
+                std::vector<double> lanes(lanes_.size());
+                const int64_t a = first + s * SEGMENT;
+                kernels().moments(of_, keep, in, ranks.view, f64_, a, a + SEGMENT, lanes.data());
+                const std::vector<double> folded = fold(lanes.data());
+                std::copy(folded.begin(), folded.end(), values.begin() + s * int64_t(width()));
+            });
+            for (int64_t s = 0; s < count; ++s) push(values.data() + s * int64_t(width()));
+        });
     position_ += in.n;
 }
 
-void MomentSweep::result(std::vector<double>& sums, std::vector<double>& maxima) {
-    if (position_ % SEGMENT) {
-        std::vector<double> last(width());
-        for (size_t j = 0; j < width(); ++j) last[j] = fold_lanes(lanes_.data() + j * BLOCK);
-        tree_.push(last.data());
-        position_ = 0;
-    }
-    sums = tree_.total(), maxima = maxima_;
+std::vector<double> MomentSweep::result() {
+    if (position_ % SEGMENT) push(fold(lanes_.data()).data());
+    position_ = 0;
+    return of_ == Moment::Max ? maxima_ : tree_.total();
 }
 
 GramSweep::GramSweep(int n_experts, Axis axis, int64_t n, int64_t cols, bool f64)

@@ -26,11 +26,14 @@ class CounterTree {
 /// Ranks or extremes of |delta| for a ranked drop over one chunk; empty for other plans.
 class RankData {
   public:
-    /// undrawn: rank also experts that keep everything or nothing.
-    RankData(const Keep& keep, const Operands& in, bool f64, bool undrawn = false);
+    enum Need { Kept, Rank, AllRanks };
+    /// need: what the drop leaves is enough; or the ranks; or those of experts that keep everything, too.
+    RankData(const Keep& keep, const Operands& in, bool f64, Need need);
     Ranks view;
 
   private:
+    void decide_rows(const Keep& keep, const Operands& in);
+    std::vector<uint64_t> kept_;
     std::vector<uint32_t> rank_;
     std::vector<double> low_, high_;
 };
@@ -122,13 +125,16 @@ class OrderSweep {
 
 class MomentSweep {
   public:
-    MomentSweep(int n_experts, bool f64);
+    MomentSweep(Moment of, int n_experts, bool f64);
     void feed(const Keep& keep, const Operands& in);
-    /// [K, N_SUMS] sums and [K, 2] maxima.
-    void result(std::vector<double>& sums, std::vector<double>& maxima);
+    /// [K, 2]: of all elements, of those kept.
+    std::vector<double> result();
 
   private:
-    size_t width() const { return size_t(n_experts_) * N_SUMS; }
+    size_t width() const { return size_t(n_experts_) * 2; }
+    std::vector<double> fold(const double* lanes) const;
+    void push(const double* values);
+    Moment of_;
     int n_experts_;
     bool f64_;
     int64_t position_ = 0;

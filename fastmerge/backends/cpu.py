@@ -43,6 +43,7 @@ else:
             f"this machine has: {_cpu.available_isas()}"
         )
 
+_MOMENTS = {"abs": 0, "square": 1, "max": 2}
 _VOTES = {"mass": 1, "delta": 2, "count": 3, "normmass": 4, "normfrac": 5}
 _ON_ZERO = {"plus": 0, "minus": 1, "none": 2}
 _DIVIDE = {"none": 0, "constant": 1, "weight": 2}
@@ -156,7 +157,7 @@ class _Order:
 class _Moments:
     def __init__(self, request: Moments, k: int, compute: DType) -> None:
         self._keep = request.keep
-        self._sweep = _cpu.MomentSweep(k, compute is DType.F64)
+        self._sweep = _cpu.MomentSweep(_MOMENTS[request.of], k, compute is DType.F64)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if chunk.n:
@@ -167,8 +168,7 @@ class _Moments:
         return False
 
     def result(self) -> MomentResult:
-        sums, maxima = self._sweep.result()
-        return MomentResult(*sums.T, *maxima.T)
+        return MomentResult(*self._sweep.result().T)
 
 
 class _Gram:

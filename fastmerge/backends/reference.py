@@ -367,11 +367,12 @@ def _moments(request: Moments, tile: _Tile) -> MomentResult:
     kept, _ = _keep(request.keep, tile)
     raw = tile.delta.to(torch.float64)
     left = torch.where(kept, raw, torch.zeros_like(raw))
-    sums = [sum_units(terms).numpy() for terms in (raw.abs(), left.abs(), raw * raw, left * left)]
-    # NaN is the largest magnitude of all, as among keys. The zeros stand for an empty tensor.
-    zero = torch.zeros((len(raw), 1), dtype=torch.float64)
-    maxima = [torch.cat([zero, x.abs()], 1).amax(1).numpy() for x in (raw, left)]
-    return MomentResult(*sums, *maxima)
+    if request.of == "max":
+        # NaN is the largest magnitude of all, as among keys. The zeros stand for an empty tensor.
+        zero = torch.zeros((len(raw), 1), dtype=torch.float64)
+        return MomentResult(*(torch.cat([zero, x.abs()], 1).amax(1).numpy() for x in (raw, left)))
+    terms = (x.abs() if request.of == "abs" else x * x for x in (raw, left))
+    return MomentResult(*(sum_units(t).numpy() for t in terms))
 
 
 def _gram(request: Gram, tile: _Tile, rows: int, cols: int) -> F64:

@@ -18,6 +18,8 @@ from fastmerge.stages import F64, Combine, Copy, Elect, Keep, MomentResult, Mome
 SMALLEST_NORM = 1e-7
 SMALLEST_DIVISOR = 1e-8
 
+_MOMENT_OF: dict[str, Literal["abs", "square", "max"]] = {"l1": "abs", "l2": "square", "linf": "max"}
+
 WEIGHT = Param("weight", REQUIRED, "coefficient of the expert's delta", scope="expert")
 GAMMA = Param(
     "gamma", 0.01, "removed fraction of largest changes", scope="expert", low=0.0, high=1.0
@@ -74,12 +76,10 @@ def norm_factors(
     whole = np.asarray(density, np.float64) >= 1
     if bool(whole.all()) and not always:
         return np.ones(len(density))
-    sums: MomentResult = yield Moments(keep, scope)
-    before, after = {
-        "l1": (sums.abs, sums.abs_kept),
-        "l2": (np.sqrt(sums.square), np.sqrt(sums.square_kept)),
-        "linf": (sums.max, sums.max_kept),
-    }[norm]
+    moments: MomentResult = yield Moments(_MOMENT_OF[norm], keep, scope)
+    before, after = moments.all, moments.kept
+    if norm == "l2":
+        before, after = np.sqrt(before), np.sqrt(after)
     skip = whole | (before < SMALLEST_NORM) | (after < SMALLEST_NORM)
     return np.where(skip, 1.0, before / np.where(skip, 1.0, after))
 

@@ -71,8 +71,8 @@ def sce(params: Params, context: TensorContext) -> Recipe:
             of="variance", fraction_of_nonzero=params.select_topk
         )
         keep = Keep(select=Select(cuts[0]))
-    sums: MomentResult = yield Moments(keep)
-    mean_square = sums.square_kept / max(context.n, 1)
+    squares: MomentResult = yield Moments("square", keep)
+    mean_square = squares.kept / max(context.n, 1)
     total = float(mean_square.sum())
     if total == 0 or total < params.uniform_below:
         weight = np.full(context.n_experts, 1 / max(context.n_experts, 1))

@@ -146,8 +146,8 @@ def _election(params: Params, keep: Keep, coefficient: F64) -> Generator[Statist
     unweighted = params.elect == "mass" and params.elect_on == "unweighted"
     elect = Elect(by="delta" if unweighted else params.elect)
     if params.elect in ("normmass", "normfrac"):
-        sums: MomentResult = yield Moments(keep, params.scope)
-        square = sums.square_kept
+        squares: MomentResult = yield Moments("square", keep, params.scope)
+        square = squares.kept
         scale = np.where(square > 0, 1 / np.where(square > 0, square, 1.0), 0.0)
         elect = replace(elect, vote_scale=scale.tolist())
     if params.zero_sign == "positive":

@@ -1,0 +1,276 @@
+// The statistics' fast paths.
+
+// ---- brackets ----------------------------------------------------------------------------------------
+
+/// Compare a block's keys with one bracket; `position` is the block's first element's in its span.
+inline void bracket_block(const Words* keys, const Bracket& bracket, bool nonzero, int64_t position,
+                          Bracketed& found) {
+    const uint32_t low = uint32_t(bracket.low), high = uint32_t(bracket.high);
+    const uint64_t above = lanes_above(keys, high), reached = low ? lanes_above(keys, low - 1) : ~uint64_t(0);
+    found.above += __builtin_popcountll(above);
+    if (nonzero) found.nonzero += __builtin_popcountll(lanes_above(keys, 0));
+    const uint64_t inside = reached & ~above;
+    const int64_t count = __builtin_popcountll(inside);
+    if (found.key) {
+        alignas(WIDE) uint32_t held[BLOCK];
+        memcpy(held, keys, sizeof held);
+        uint64_t left = inside;
+        const auto take = [&](int64_t n) {
+            const int j = __builtin_ctzll(left);
+            found.key[n] = held[j], found.position[n] = uint16_t(position + j);
+            left &= left - 1;
+        };
+        // Few of a block's keys are in a bracket, but rarely none: two are taken without asking, and written
+        // over by the next block's if they were not there.
+        left |= uint64_t(inside == 0), take(found.n);
+        left |= uint64_t(left == 0), take(found.n + 1);
+        if (count > 2)
+            for (int64_t n = found.n + 2; left; ++n) take(n);
+    }
+    found.n += count;
+}
+
+template <DType T>
+void bracket_common(const Operands& in, bool variance, bool nonzero, int n_ranks, int64_t a, int64_t b,
+                    const Bracket* brackets, Bracketed* counts) {
+    const int n_keys = variance ? 1 : in.n_experts;
+    int64_t i = a;
+    for (; i + BLOCK <= b; i += BLOCK) {
+        Floats base[VECTORS], d[VECTORS];
+        load_base<T>(in, i, base);
+        for (int k = 0; k < n_keys; ++k) {
+            if (variance)
+                variance_lanes<T>(in, i, base, d);
+            else
+                load_deltas<T>(in.expert[k], i, base, d);
+            Words keys[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) keys[v] = order_keys(d[v]);
+            for (int r = 0; r < n_ranks; ++r)
+                if (const int j = k * n_ranks + r; brackets[j].open)
+                    bracket_block(keys, brackets[j], nonzero, i - a, counts[j]);
+        }
+    }
+    bracket_range<float>(in, variance, nonzero, n_ranks, i, b, brackets, counts, a);
+}
+
+// ---- moments
+// -------------------------------------------------------------------------------------------------
+
+/// One expert's moment over whole blocks of a run, a vector of each block at a time, with its sums in
+/// registers.
+template <DType T, Moment OF>
+inline void moment_of_expert(const CommonExpert& e, const Operands& in, int64_t a, const BlockKeep* keep,
+                             int n_blocks, bool plain, double* lanes) {
+    for (int v = 0; v < VECTORS; ++v) {
+        double* at = lanes + v * LANES;
+        constexpr int HALF = LANES / 2;
+        Doubles sums[4] = {read<Doubles>(at), read<Doubles>(at + HALF), read<Doubles>(at + BLOCK),
+                           read<Doubles>(at + BLOCK + HALF)};
+        const auto add = [&](Floats x, Doubles* sum) {
+            const TwoDoubles y = to_doubles(x);
+            if (OF == Moment::Abs)
+                sum[0] += y.low, sum[1] += y.high;
+            else if (OF == Moment::Square)
+                sum[0] += y.low * y.low, sum[1] += y.high * y.high;
+            else  // NaN is largest, and stays: nothing compares above it
+                sum[0] = (y.low > sum[0]) | (y.low != y.low) ? y.low : sum[0],
+                sum[1] = (y.high > sum[1]) | (y.high != y.high) ? y.high : sum[1];
+        };
+        for (int block = 0; block < n_blocks; ++block) {
+            const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
+            const Floats x = load_lanes<T>(e.x, i);
+            const Words key = Words(in.base ? x - load_lanes<T>(in.base, i) : x) & 0x7fffffffu;
+            add(Floats(key), sums);
+            if (!plain) add(only(kept_lanes(keep[block], order_keys(Floats(key)), v), Floats(key)), sums + 2);
+        }
+        memcpy(at, sums, sizeof(Doubles) * 2);
+        memcpy(at + BLOCK, plain ? sums : sums + 2, sizeof(Doubles) * 2);
+    }
+}
+
+template <DType T>
+void moments_common(Moment of, const Keep& keep, const Operands& in, const Ranks& ranks,
+                    const CommonExpert* experts, int64_t a, int64_t b, double* lanes) {
+    const bool plain = !keep.any();
+    constexpr int RUN = 64;  // blocks: a segment
+    const int64_t head = std::min(b, a + (BLOCK - (in.start + a) % BLOCK) % BLOCK);
+    if (a < head) moments_range<float>(of, keep, in, ranks, a, head, lanes);
+    for (int64_t i = head; i < b;) {
+        const int n_blocks = int(std::min<int64_t>(RUN, (b - i) / BLOCK));
+        if (n_blocks == 0) return moments_range<float>(of, keep, in, ranks, i, b, lanes);
+        uint64_t select[RUN];
+        bool whole = true;
+        for (int j = 0; j < n_blocks; ++j) whole &= select_bits<T>(keep, in, i + j * BLOCK, select[j]);
+        // A run with a block that needs positions is left to the slow path, for all experts alike.
+        BlockKeep kept[RUN];
+        for (int k = 0; k < in.n_experts && whole && !plain; ++k)
+            if (experts[k].trim || experts[k].remove)
+                for (int j = 0; j < n_blocks; ++j) {
+                    CommonExpert cuts = experts[k];
+                    cuts.threshold = 65536, cuts.decided = nullptr;
+                    whole &= keep_of_block(cuts, keep, in, i + j * BLOCK, 0, kept[j]);
+                }
+        if (!whole) {
+            moments_range<float>(of, keep, in, ranks, i, i + n_blocks * BLOCK, lanes);
+            i += n_blocks * BLOCK;
+            continue;
+        }
+        for (int k = 0; k < in.n_experts; ++k) {
+            for (int j = 0; j < n_blocks && !plain; ++j)
+                keep_of_block(experts[k], keep, in, i + j * BLOCK, select[j], kept[j]);
+            double* sums = lanes + int64_t(k) * 2 * BLOCK;
+            if (of == Moment::Abs)
+                moment_of_expert<T, Moment::Abs>(experts[k], in, i, kept, n_blocks, plain, sums);
+            else if (of == Moment::Square)
+                moment_of_expert<T, Moment::Square>(experts[k], in, i, kept, n_blocks, plain, sums);
+            else
+                moment_of_expert<T, Moment::Max>(experts[k], in, i, kept, n_blocks, plain, sums);
+        }
+        i += n_blocks * BLOCK;
+    }
+}
+
+// ---- inner products
+// ------------------------------------------------------------------------------------------
+
+/// Products of expert j with experts k0 .. k0 + N - 1 over whole blocks; sums: [N][BLOCK].
+template <DType T, int N>
+inline void gram_of(const Operands& in, int j, int k0, int64_t a, int n_blocks, double* sums) {
+    for (int v = 0; v < VECTORS; ++v) {
+        double* at = sums + v * LANES;
+        constexpr int HALF = LANES / 2;
+        Doubles low[N], high[N];
+        for (int n = 0; n < N; ++n)
+            low[n] = read<Doubles>(at + n * BLOCK), high[n] = read<Doubles>(at + n * BLOCK + HALF);
+        for (int block = 0; block < n_blocks; ++block) {
+            const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
+            const Floats base = in.base ? load_lanes<T>(in.base, i) : Floats{};
+            const TwoDoubles x = to_doubles(load_lanes<T>(in.expert[j], i) - base);
+            for (int n = 0; n < N; ++n) {
+                const TwoDoubles y = k0 + n == j ? x : to_doubles(load_lanes<T>(in.expert[k0 + n], i) - base);
+                low[n] += x.low * y.low, high[n] += x.high * y.high;
+            }
+        }
+        for (int n = 0; n < N; ++n)
+            memcpy(at + n * BLOCK, &low[n], sizeof low[n]),
+                memcpy(at + n * BLOCK + HALF, &high[n], sizeof high[n]);
+    }
+}
+
+template <DType T>
+void gram_common(const Operands& in, int64_t a, int64_t b, int64_t position, double* lanes) {
+    constexpr int RUN = 64;
+    const int64_t head = std::min(b, a + (BLOCK - (position + a) % BLOCK) % BLOCK);
+    if (a < head) gram_range<float>(in, a, head, position, lanes);
+    for (int64_t i = head; i < b;) {
+        const int n_blocks = int(std::min<int64_t>(RUN, (b - i) / BLOCK));
+        if (n_blocks == 0) return gram_range<float>(in, i, b, position, lanes);
+        double* sums = lanes;
+        for (int j = 0; j < in.n_experts; ++j)
+            for (int k = j; k < in.n_experts;) {
+                const int left = in.n_experts - k;
+                const int n = left >= 4 ? 4 : left;
+                if (n == 4)
+                    gram_of<T, 4>(in, j, k, i, n_blocks, sums);
+                else if (n == 3)
+                    gram_of<T, 3>(in, j, k, i, n_blocks, sums);
+                else if (n == 2)
+                    gram_of<T, 2>(in, j, k, i, n_blocks, sums);
+                else
+                    gram_of<T, 1>(in, j, k, i, n_blocks, sums);
+                sums += n * BLOCK, k += n;
+            }
+        i += n_blocks * BLOCK;
+    }
+}
+
+// ---- ranked drops
+// --------------------------------------------------------------------------------------------
+
+/// Elements of [0, m) whose key is less than `key`, or equal and before `index`.
+inline uint32_t rank_of(const uint32_t* keys, int64_t m, uint32_t key, int64_t index) {
+    Words less = {}, equal = {};
+    const Words bound = Words{} + key;
+    const int64_t whole = index / LANES * LANES;
+    for (int64_t j = 0; j < m; j += LANES) less -= Words(Ints(read<Words>(keys + j)) < Ints(bound));
+    for (int64_t j = 0; j < whole; j += LANES) equal -= Words(read<Words>(keys + j) == bound);
+    uint32_t rank = 0;
+    for (int j = 0; j < LANES; ++j) rank += less[j] + equal[j];
+    for (int64_t j = whole; j < index; ++j) rank += keys[j] == key;
+    return rank;
+}
+
+/// Most elements need no rank: that of their magnitude's bin bounds it from both sides, and the draw lies
+/// outside of what the bounds leave open. Bins are of the leading six bits of the mantissa in the sixteen
+/// binades below the row's largest; zeros, which many deltas are, have one of their own.
+template <DType T>
+void rank_row_common(const Operands& in, int k, int64_t a, const uint32_t* threshold, uint64_t key,
+                     uint32_t* scratch, uint64_t* kept) {
+    constexpr int SHIFT = 18;
+    const int64_t m = in.cols;
+    uint32_t *keys = scratch, *bin = keys + m, *open = bin + m;
+    uint32_t *count = open + m, *bounds = count + 2 * RANK_BINS;
+    Words highest = {};
+    for (int64_t j = 0; j < m; j += BLOCK) {
+        Floats base[VECTORS], d[VECTORS];
+        load_base<T>(in, a + j, base);
+        load_deltas<T>(in.expert[k], a + j, base, d);
+        for (int v = 0; v < VECTORS; ++v) {
+            const Words x = order_keys(d[v]);
+            highest = most(highest, x);
+            memcpy(keys + j + v * LANES, &x, sizeof x);
+        }
+    }
+    uint32_t largest = 0;
+    for (int j = 0; j < LANES; ++j) largest = std::max(largest, highest[j]);
+    const int32_t lowest = int32_t(largest >> SHIFT) - (RANK_BINS - 2);
+    for (int64_t j = 0; j < m; j += LANES) {
+        const Words x = read<Words>(keys + j);
+        const Ints place = Ints(x >> SHIFT) - lowest;
+        const Ints clamped = place > 0 ? place : Ints{};
+        const Words b = Words((clamped + 1) & (x != Words{}));
+        memcpy(bin + j, &b, sizeof b);
+    }
+    memset(count, 0, sizeof(uint32_t) * 2 * RANK_BINS);
+    for (int64_t j = 0; j < m; j += 2) ++count[bin[j]], ++count[RANK_BINS + bin[j + 1]];
+    uint32_t first = 0;
+    for (int b = 0; b < RANK_BINS; ++b) {
+        const uint32_t n = count[b] + count[RANK_BINS + b];
+        if (n == 0) continue;
+        // A draw below `low` is kept, one above `high` dropped; 65536, which no draw reaches, does not fit.
+        const uint32_t low = std::min(threshold[first], 65535u), high = threshold[first + n - 1];
+        bounds[b] = low | (high ? high - 1 : 0) << 16;
+        first += n;
+    }
+    int64_t n_open = 0;
+    for (int64_t j = 0; j < m; j += BLOCK) {
+        uint16_t draw[BLOCK];
+        draws16_block(key, in.start + a + j, draw);
+        uint64_t keep = 0, left = 0;
+        for (int v = 0; v < VECTORS; ++v) {
+            const Words drawn = widen(read<Halves>(draw + v * LANES));
+            const Words bound = gather(bounds, bin + j + v * LANES);
+            const Picks below = above(bound & 0xffffu, drawn), dropped = above(drawn, bound >> 16);
+            keep |= bits_of(below, v), left |= bits_of(dropped, v);
+        }
+        kept[j / BLOCK] = keep;
+        for (left = ~(left | keep); left; left &= left - 1)
+            open[n_open++] = uint32_t(j + __builtin_ctzll(left));
+        memcpy(bin + j, draw, sizeof draw);  // the bins are not needed again
+    }
+    int64_t zeros = 0, seen = 0;
+    for (int64_t o = 0; o < n_open; ++o) {
+        const int64_t j = open[o];
+        uint32_t rank;
+        if (keys[j] == 0) {  // first of all, in order of index
+            for (; seen < j; ++seen) zeros += keys[seen] == 0;
+            rank = uint32_t(zeros);
+        } else {
+            rank = rank_of(keys, m, keys[j], j);
+        }
+        uint16_t drawn;
+        memcpy(&drawn, reinterpret_cast<const char*>(bin + j / BLOCK * BLOCK) + 2 * (j % BLOCK),
+               sizeof drawn);
+        kept[j / BLOCK] |= uint64_t(drawn < threshold[rank]) << (j % BLOCK);
+    }
+}
