@@ -154,12 +154,13 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<PyWalk>(m, "Walk").def(py::init<py::object, Doubles, int, int, int, std::vector<double>, bool,
                                                int, double, std::vector<double>, double, double, bool>());
 
-    m.def("walk", [](const PyWalk& w, const PyOperands& in, bool f64, uintptr_t out, int out_type) {
+    py::class_<Decided>(m, "Decided").def(py::init<int, int64_t>());
+    m.def("walk", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, uintptr_t out, int out_type) {
         check(w.plan.keep, in);
         if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
         bool bad = false;
         nogil release;
-        run_walk(w.plan, in.view, f64, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
+        run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
         return bad;
     });
     m.def("keep_mask", [](const PyKeep& k, const PyOperands& in, bool f64) {
@@ -217,10 +218,10 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init(
             [](int of, int n_experts, bool f64) { return new MomentSweep(Moment(of), n_experts, f64); }))
         .def("feed",
-             [](MomentSweep& s, const PyKeep& k, const PyOperands& in) {
+             [](MomentSweep& s, const PyKeep& k, const PyOperands& in, Decided* known) {
                  check(k.plan, in);
                  nogil release;
-                 s.feed(k.plan, in.view);
+                 s.feed(k.plan, in.view, known);
              })
         .def("result", [](MomentSweep& s) {
             const std::vector<double> values = s.result();

@@ -172,6 +172,9 @@ inline Floats only(Picks p, Floats x) {
 inline Floats add_where(Floats sum, Picks p, Floats x) {
     return Floats(_mm512_mask_add_ps(__m512(sum), p, __m512(sum), __m512(x)));
 }
+inline Words count_where(Words count, Picks p) {
+    return Words(_mm512_mask_add_epi32(__m512i(count), p, __m512i(count), _mm512_set1_epi32(1)));
+}
 inline Picks both(Picks a, Picks b) {
     return Picks(a & b);
 }
@@ -219,6 +222,9 @@ inline Floats only(Picks p, Floats x) {
 }
 inline Floats add_where(Floats sum, Picks p, Floats x) {
     return sum + only(p, x);
+}
+inline Words count_where(Words count, Picks p) {
+    return count - Words(p);
 }
 inline Picks both(Picks a, Picks b) {
     return a & b;

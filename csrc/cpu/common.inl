@@ -123,7 +123,7 @@ inline bool common_experts(const Keep& keep, const Operands& in, const Ranks& ra
         e.x = in.expert[k];
         e.trim = of(keep.trim.value, keep.trim), e.trim_tie = of(keep.trim.last_tie, keep.trim);
         e.remove = of(keep.remove.value, keep.remove), e.remove_tie = of(keep.remove.last_tie, keep.remove);
-        e.decided = ranks.kept ? ranks.kept + int64_t(k) * (in.n / BLOCK) : nullptr;
+        e.decided = ranks.kept ? ranks.kept + int64_t(k) * ranks.stride : nullptr;
         e.threshold = 65536;
         if (keep.drop == DropKind::Uniform) {
             const DrawRule rule(keep.p_low[k]);

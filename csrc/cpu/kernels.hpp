@@ -10,7 +10,10 @@ struct Ranks {
     const double* low = nullptr;     // [K, units] least |delta|, when by_value
     const double* high = nullptr;    // [K, units] largest |delta|, when by_value
     int64_t unit = 1;                // elements of a unit
-    const uint64_t* kept = nullptr;  // [K, n / 64] what the ranked drop leaves, a bit each, instead of ranks
+    // What the ranked drop leaves instead of ranks, a bit each: of expert k and chunk index i, bit i % 64 of
+    // kept[k * stride + i / 64].
+    const uint64_t* kept = nullptr;
+    int64_t stride = 0;
 };
 
 enum class Moment : int32_t { Abs = 0, Square = 1, Max = 2 };

@@ -73,7 +73,7 @@ inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ran
                                        keep.select.value ? select : nullptr, p, kept, inv);
         if (ranks.kept)
             for (int j = 0; j < m; ++j) {
-                const uint64_t word = ranks.kept[(int64_t(k) * in.n + i + j) / 64];
+                const uint64_t word = ranks.kept[int64_t(k) * ranks.stride + (i + j) / 64];
                 kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
             }
         for (int j = 0; j < BLOCK; ++j) v[j] = d[j];

@@ -69,30 +69,30 @@ FM_CLONES double rank_deviation(const uint64_t* keys, int64_t n, uint64_t about,
     return std::sqrt(std::max(square - runs * mean * mean, 0.0));
 }
 
-/// Shrink [low, high] to the keys that lie in it.
-FM_CLONES void narrow(const uint64_t* keys, int64_t n, uint64_t& low, uint64_t& high) {
-    uint64_t least = high, most = low;
-    for (int64_t i = 0; i < n; ++i) {
-        const uint64_t key = keys[i];
-        const bool inside = key >= low && key <= high;
-        const uint64_t below = inside ? key : high, above = inside ? key : low;
-        least = below < least ? below : least, most = above > most ? above : most;
-    }
-    low = least, high = most;
-}
-
-/// The keys of a sample, counted by their leading bits, of which every cut and both its bounds are read off.
+/// The keys of a sample, counted by their leading bits: finds any of them by its rank in a reading of one bin.
 class SampleBins {
   public:
     SampleBins(const std::vector<uint64_t>& keys, uint64_t largest)
-        : shift_(std::max(0, 64 - __builtin_clzll(largest) - WIDTH)), reached_((size_t(1) << WIDTH) + 1) {
+        : keys_(keys),
+          shift_(std::max(0, 64 - __builtin_clzll(largest) - WIDTH)),
+          reached_((size_t(1) << WIDTH) + 1) {
         for (const uint64_t key : keys) ++reached_[key >> shift_], nonzero_ += key > 0;
         for (size_t bin = reached_.size() - 1; bin-- > 0;) reached_[bin] += reached_[bin + 1];
     }
     int64_t nonzero() const { return nonzero_; }
-    /// Bounds of the bin that holds the r-th largest key, r from 1.
-    uint64_t first_key(int64_t r) const { return uint64_t(bin_of(r)) << shift_; }
-    uint64_t last_key(int64_t r) const { return first_key(r) + ((uint64_t(1) << shift_) - 1); }
+    /// The r-th largest key, r from 1.
+    uint64_t nth_largest(int64_t r) const {
+        const size_t bin = bin_of(r);
+        std::vector<uint64_t> held(reached_[bin] - reached_[bin + 1] + 1);
+        size_t n = 0;
+        for (const uint64_t key : keys_) {  // written whether it is kept or not: branches would be guessed wrong
+            held[n] = key;
+            n += (key >> shift_) == bin;
+        }
+        const auto at = held.begin() + (r - 1 - int64_t(reached_[bin + 1]));
+        std::nth_element(held.begin(), at, held.begin() + int64_t(n), std::greater<uint64_t>());
+        return *at;
+    }
 
   private:
     static constexpr int WIDTH = 14;
@@ -100,6 +100,7 @@ class SampleBins {
         const auto less = [](uint32_t count, int64_t rank) { return int64_t(count) >= rank; };
         return size_t(std::lower_bound(reached_.begin(), reached_.end(), r, less) - reached_.begin()) - 1;
     }
+    const std::vector<uint64_t>& keys_;
     int shift_;
     int64_t nonzero_ = 0;
     std::vector<uint32_t> reached_;  // by bin: keys in it or above
@@ -252,14 +253,11 @@ void OrderSweep::set_brackets() {
             if (!bracket.open) continue;
             const double p = double(target(int(k), r, 0).rank) / double(q.n);
             const double rank = q.fraction >= 0 ? q.fraction * double(bins.nonzero()) : p * double(size);
-            const uint64_t about = bins.last_key(std::clamp<int64_t>(int64_t(rank), 1, size));
+            const uint64_t about = bins.nth_largest(std::clamp<int64_t>(int64_t(rank), 1, size));
             const double reach = 2 + 4 * rank_deviation(keys.data(), size, about, p, q.fraction);
             const int64_t from = int64_t(rank - reach), to = int64_t(rank + reach) + 1;
-            bracket.high = from < 1 ? largest_key() : bins.last_key(from);
-            bracket.low = to > size ? 0 : bins.first_key(to);
-            if (from < 1 || to > size) continue;
-            // No wider than the sample's own keys: equal ones need not be collected, only counted.
-            narrow(keys.data(), size, bracket.low, bracket.high);
+            bracket.high = from < 1 ? largest_key() : bins.nth_largest(from);
+            bracket.low = to > size ? 0 : bins.nth_largest(to);
         }
     });
     collected_.clear();

@@ -187,18 +187,58 @@ void gram_common(const Operands& in, int64_t a, int64_t b, int64_t position, dou
 // ---- ranked drops
 // --------------------------------------------------------------------------------------------
 
-/// Elements of [0, m) whose key is less than `key`, or equal and before `index`.
-inline uint32_t rank_of(const uint32_t* keys, int64_t m, uint32_t key, int64_t index) {
-    Words less = {}, equal = {};
-    const Words bound = Words{} + key;
-    const int64_t whole = index / LANES * LANES;
-    for (int64_t j = 0; j < m; j += LANES) less -= Words(Ints(read<Words>(keys + j)) < Ints(bound));
-    for (int64_t j = 0; j < whole; j += LANES) equal -= Words(read<Words>(keys + j) == bound);
-    uint32_t rank = 0;
-    for (int j = 0; j < LANES; ++j) rank += less[j] + equal[j];
-    for (int64_t j = whole; j < index; ++j) rank += keys[j] == key;
-    return rank;
-}
+/// Ranks of single elements, asked for in ascending order of index. Whoever shares a bin with many has many
+/// equals: what was counted for one serves the next.
+class RowRanks {
+  public:
+    RowRanks(const uint32_t* keys, int64_t m) : keys_(keys), m_(m) {}
+
+    uint32_t of(int64_t index) {
+        const uint32_t key = keys_[index];
+        int s = 0;
+        while (s < used_ && slot_[s].key != key) ++s;
+        if (s == used_) {
+            s = used_ < SLOTS ? used_++ : next_++ % SLOTS;
+            slot_[s] = {key, less_than(key), 0, 0};
+        }
+        Slot& slot = slot_[s];
+        slot.equal += count_equal(key, slot.seen, index);
+        slot.seen = index;
+        return slot.less + slot.equal;
+    }
+
+  private:
+    static constexpr int SLOTS = 16;
+    struct Slot {
+        uint32_t key, less, equal;  // equal: among the first `seen` elements
+        int64_t seen;
+    };
+    static uint32_t sum(Words w) {
+        uint32_t total = 0;
+        for (int j = 0; j < LANES; ++j) total += w[j];
+        return total;
+    }
+    uint32_t less_than(uint32_t key) const {
+        Words count[2] = {};
+        const Words bound = Words{} + key;
+        for (int64_t j = 0; j < m_; j += 2 * LANES) {
+            count[0] = count_where(count[0], above(bound, read<Words>(keys_ + j)));
+            count[1] = count_where(count[1], above(bound, read<Words>(keys_ + j + LANES)));
+        }
+        return sum(count[0] + count[1]);
+    }
+    uint32_t count_equal(uint32_t key, int64_t from, int64_t to) const {
+        Words count = {};
+        uint32_t rest = 0;
+        for (; from + LANES <= to; from += LANES) count -= Words(read<Words>(keys_ + from) == Words{} + key);
+        for (; from < to; ++from) rest += keys_[from] == key;
+        return rest + sum(count);
+    }
+    const uint32_t* keys_;
+    int64_t m_;
+    int used_ = 0, next_ = 0;
+    Slot slot_[SLOTS];
+};
 
 /// Most elements need no rank: that of their magnitude's bin bounds it from both sides, and the draw lies
 /// outside of what the bounds leave open. Bins are of the leading six bits of the mantissa in the sixteen
@@ -258,16 +298,10 @@ void rank_row_common(const Operands& in, int k, int64_t a, const uint32_t* thres
             open[n_open++] = uint32_t(j + __builtin_ctzll(left));
         memcpy(bin + j, draw, sizeof draw);  // the bins are not needed again
     }
-    int64_t zeros = 0, seen = 0;
+    RowRanks ranks(keys, m);
     for (int64_t o = 0; o < n_open; ++o) {
         const int64_t j = open[o];
-        uint32_t rank;
-        if (keys[j] == 0) {  // first of all, in order of index
-            for (; seen < j; ++seen) zeros += keys[seen] == 0;
-            rank = uint32_t(zeros);
-        } else {
-            rank = rank_of(keys, m, keys[j], j);
-        }
+        const uint32_t rank = ranks.of(j);
         uint16_t drawn;
         memcpy(&drawn, reinterpret_cast<const char*>(bin + j / BLOCK * BLOCK) + 2 * (j % BLOCK),
                sizeof drawn);

@@ -45,10 +45,18 @@ std::vector<double> CounterTree::total() const {
     return acc;
 }
 
-RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need) {
+RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need, Decided* known) {
     if (keep.drop != DropKind::Ranked || in.n == 0) return;
     if (need == Kept && kernels().ranks_rows(keep, in, f64)) {
-        decide_rows(keep, in);
+        uint64_t* kept = nullptr;
+        if (known) {
+            view.stride = known->stride(), kept = known->at(in.start);
+        } else {
+            view.stride = in.n / 64, kept_.resize(size_t(in.n_experts * view.stride)), kept = kept_.data();
+        }
+        view.unit = in.cols, view.kept = kept;
+        if (!known || in.start + in.n > known->n_known) decide_rows(keep, in, kept);
+        if (known) known->n_known = std::max(known->n_known, in.start + in.n);
         return;
     }
     const int64_t unit = keep.drop_axis == Axis::Row ? in.cols : in.n;
@@ -85,13 +93,15 @@ RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need) {
 }
 
 /// Decide the ranked drop row by row; what is kept takes a bit of an element.
-void RankData::decide_rows(const Keep& keep, const Operands& in) {
-    const int64_t rows = in.n / in.cols, words = in.n / 64, row_words = in.cols / 64;
-    kept_.assign(size_t(in.n_experts * words), ~uint64_t(0));
+void RankData::decide_rows(const Keep& keep, const Operands& in, uint64_t* kept) {
+    const int64_t rows = in.n / in.cols, row_words = in.cols / 64;
     std::vector<std::vector<uint32_t>> threshold(static_cast<size_t>(in.n_experts));
     for (int k = 0; k < in.n_experts; ++k) {
         const double low = keep.p_low[k], span = keep.p_high[k] - low;
-        if (low >= 1.0) continue;  // everything is kept
+        if (low >= 1.0) {  // everything is kept
+            std::fill_n(kept + k * view.stride, in.n / 64, ~uint64_t(0));
+            continue;
+        }
         threshold[k].resize(size_t(in.cols));
         for (int64_t r = 0; r < in.cols && keep.p_high[k] > 0.0; ++r) {
             // As rank_probability and keep_block: the same roundings in the same order.
@@ -108,13 +118,13 @@ void RankData::decide_rows(const Keep& keep, const Operands& in) {
         thread_local std::vector<uint32_t> scratch;
         scratch.resize(size_t(RANK_SCRATCH(in.cols)));
         kernels().rank_row(in, k, row * in.cols, threshold[k].data(), keep.key[k], scratch.data(),
-                           kept_.data() + k * words + row * row_words);
+                           kept + k * view.stride + row * row_words);
     });
-    view.unit = in.cols, view.kept = kept_.data();
 }
 
-void run_walk(const WalkPlan& plan, const Operands& in, bool f64, void* out, DType out_type, bool* bad) {
-    const RankData ranks(plan.keep, in, f64, RankData::Kept);
+void run_walk(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, void* out, DType out_type,
+              bool* bad) {
+    const RankData ranks(plan.keep, in, f64, RankData::Kept, known);
     std::atomic<bool> seen{false};
     parallel_spans(in.n, [&](int64_t a, int64_t b) {
         if (kernels().walk(plan, in, ranks.view, f64, a, b, out, out_type)) seen = true;
@@ -212,8 +222,8 @@ void MomentSweep::push(const double* values) {
         if (values[j] > maxima_[j] || values[j] != values[j]) maxima_[j] = values[j];
 }
 
-void MomentSweep::feed(const Keep& keep, const Operands& in) {
-    const RankData ranks(keep, in, f64_, RankData::Kept);
+void MomentSweep::feed(const Keep& keep, const Operands& in, Decided* known) {
+    const RankData ranks(keep, in, f64_, RankData::Kept, known);
     over_segments(
         position_, in.n,
         [&](int64_t a, int64_t b) {

@@ -23,22 +23,37 @@ class CounterTree {
     std::vector<bool> full_;
 };
 
-/// Ranks or extremes of |delta| for a ranked drop over one chunk; empty for other plans.
+/// What a ranked drop leaves of one whole tensor, a bit each: decided for a statistic, read by the walk.
+class Decided {
+  public:
+    Decided(int n_experts, int64_t n) : words_((n + 63) / 64), bits_(size_t(n_experts) * size_t(words_)) {}
+    uint64_t* at(int64_t start) { return bits_.data() + start / 64; }
+    int64_t stride() const { return words_; }
+    int64_t n_known = 0;  // elements; the tensor's are decided in order
+
+  private:
+    int64_t words_;
+    std::vector<uint64_t> bits_;
+};
+
+/// What a ranked drop leaves of one chunk, or the ranks or extremes it goes by; empty for other plans.
 class RankData {
   public:
     enum Need { Kept, Rank, AllRanks };
     /// need: what the drop leaves is enough; or the ranks; or those of experts that keep everything, too.
-    RankData(const Keep& keep, const Operands& in, bool f64, Need need);
+    /// known: of the tensor, read where it goes as far, else continued.
+    RankData(const Keep& keep, const Operands& in, bool f64, Need need, Decided* known = nullptr);
     Ranks view;
 
   private:
-    void decide_rows(const Keep& keep, const Operands& in);
+    void decide_rows(const Keep& keep, const Operands& in, uint64_t* kept);
     std::vector<uint64_t> kept_;
     std::vector<uint32_t> rank_;
     std::vector<double> low_, high_;
 };
 
-void run_walk(const WalkPlan& plan, const Operands& in, bool f64, void* out, DType out_type, bool* bad);
+void run_walk(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, void* out, DType out_type,
+              bool* bad);
 void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out);
 /// p: [K, n], the exact keep probabilities of a ranked drop.
 void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double* p);
@@ -126,7 +141,7 @@ class OrderSweep {
 class MomentSweep {
   public:
     MomentSweep(Moment of, int n_experts, bool f64);
-    void feed(const Keep& keep, const Operands& in);
+    void feed(const Keep& keep, const Operands& in, Decided* known);
     /// [K, 2]: of all elements, of those kept.
     std::vector<double> result();
 

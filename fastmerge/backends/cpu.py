@@ -43,6 +43,9 @@ else:
             f"this machine has: {_cpu.available_isas()}"
         )
 
+#: Elements of a tensor up to which a ranked drop's decisions are kept for the walk, an eighth of a byte each.
+MOST_DECIDED = 1 << 27
+
 _MOMENTS = {"abs": 0, "square": 1, "max": 2}
 _VOTES = {"mass": 1, "delta": 2, "count": 3, "normmass": 4, "normfrac": 5}
 _ON_ZERO = {"plus": 0, "minus": 1, "none": 2}
@@ -155,14 +158,17 @@ class _Order:
 
 
 class _Moments:
-    def __init__(self, request: Moments, k: int, compute: DType) -> None:
+    def __init__(
+        self, request: Moments, k: int, compute: DType, decided: _cpu.Decided | None
+    ) -> None:
         self._keep = request.keep
+        self._decided = decided
         self._sweep = _cpu.MomentSweep(_MOMENTS[request.of], k, compute is DType.F64)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if chunk.n:
             keep, _owned = _keep(self._keep)
-            self._sweep.feed(keep, _operands(chunk))
+            self._sweep.feed(keep, _operands(chunk), self._decided)
 
     def next_pass(self) -> bool:
         return False
@@ -216,6 +222,8 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._lowered: tuple[Walk, _cpu.Walk, Sequence[Any]] | None = None
+        # The ranked drop that a statistic last went by, and what it left: its walk need not rank again.
+        self._ranked: tuple[RankedDrop, _cpu.Decided] | None = None
 
     def sweep(
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
@@ -223,10 +231,19 @@ class CpuKernels:
         if isinstance(statistic, OrderStatistic):
             return _Order(statistic, n, cols, n_experts, compute)
         if isinstance(statistic, Moments):
-            return _Moments(statistic, n_experts, compute)
+            return _Moments(
+                statistic, n_experts, compute, self._decide(statistic.keep, n, n_experts)
+            )
         if isinstance(statistic, Gram):
             return _Gram(statistic, n, cols, n_experts, compute)
         return _SignBalance(statistic)
+
+    def _decide(self, keep: Keep, n: int, n_experts: int) -> _cpu.Decided | None:
+        self._ranked = None
+        if not isinstance(keep.drop, RankedDrop) or n > MOST_DECIDED:
+            return None
+        self._ranked = (keep.drop, _cpu.Decided(n_experts, n))
+        return self._ranked[1]
 
     def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
         if chunk.n == 0:
@@ -234,10 +251,14 @@ class CpuKernels:
         # A tensor comes in many chunks with one walk: lower it once.
         if self._lowered is None or self._lowered[0] is not walk:
             self._lowered = (walk, *_lower(walk))
+        known = None
+        if self._ranked is not None and self._ranked[0] is walk.keep.drop:
+            known = self._ranked[1]
         return _cpu.walk(
             self._lowered[1],
             _operands(chunk, walk.add_base),
             _is_f64(chunk),
+            known,
             out.address,
             out.dtype.code,
         )

@@ -18,7 +18,11 @@ from fastmerge.stages import F64, Combine, Copy, Elect, Keep, MomentResult, Mome
 SMALLEST_NORM = 1e-7
 SMALLEST_DIVISOR = 1e-8
 
-_MOMENT_OF: dict[str, Literal["abs", "square", "max"]] = {"l1": "abs", "l2": "square", "linf": "max"}
+_MOMENT_OF: dict[str, Literal["abs", "square", "max"]] = {
+    "l1": "abs",
+    "l2": "square",
+    "linf": "max",
+}
 
 WEIGHT = Param("weight", REQUIRED, "coefficient of the expert's delta", scope="expert")
 GAMMA = Param(
