@@ -166,12 +166,12 @@ def copy_into(
     kernels: Kernels, source: Buffer, operands: Operands, out: Buffer, limit: int = CHUNK_ELEMENTS
 ) -> bool:
     """Copy `source`, converting its type when `out` has another one; true if it holds NaN or infinity."""
-    if source.dtype is out.dtype:
-        ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
-        return first_nonfinite(source) is not None
     single = Operands(None, [source], operands.cols, operands.compute, operands.start)
     same = Walk(coefficient=np.ones((1, 1)), add_base=False)
-    return run_walk(kernels, same, single, out, limit)
+    bad = run_walk(kernels, same, single, out, limit)
+    if bad and source.dtype is out.dtype:  # a walk makes all NaNs the same one
+        ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
+    return bad
 
 
 def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,44 +1,66 @@
-// What the fast paths share: float32, operands of one type, whole aligned blocks, values in registers. Each
-// computes what its namesake in kernels.inl does, stage by stage; runs that do not fill an aligned block are
-// left to that.
+// What the fast paths share: float32, whole aligned blocks, values in registers. Each computes what its namesake
+// in kernels.inl does, stage by stage; runs that do not fill an aligned block are left to that. They are templates
+// over the operands' type, or MIXED where each has its own.
 
-/// Whether all operands are of one type that `load_lanes` widens.
-inline bool of_one_type(const Operands& in, bool f64) {
-    if (f64 || in.n_experts < 1 || in.expert_type[0] == DType::F64) return false;
-    for (int k = 0; k < in.n_experts; ++k)
-        if (in.expert_type[k] != in.expert_type[0]) return false;
-    return !in.base || in.base_type == in.expert_type[0];
+/// Whether the operands are widened to float32.
+inline bool is_single(const Operands& in, bool f64) {
+    return !f64 && in.n_experts >= 1;  // float64 operands are computed in float64
+}
+
+constexpr DType MIXED = DType(-1);
+
+/// The operands' one type, or MIXED.
+inline DType type_of(const Operands& in) {
+    for (int k = 1; k < in.n_experts; ++k)
+        if (in.expert_type[k] != in.expert_type[0]) return MIXED;
+    return in.base && in.base_type != in.expert_type[0] ? MIXED : in.expert_type[0];
+}
+
+struct View {
+    const void* data;
+    DType type;
+};
+inline View base_of(const Operands& in) {
+    return {in.base, in.base_type};
+}
+inline View expert_of(const Operands& in, int k) {
+    return {in.expert[k], in.expert_type[k]};
+}
+
+template <DType T>
+inline Floats load_view(View x, int64_t i) {
+    if constexpr (T != MIXED) return load_lanes<T>(x.data, i);
+    if (x.type == DType::BF16) return load_lanes<DType::BF16>(x.data, i);
+    if (x.type == DType::F16) return load_lanes<DType::F16>(x.data, i);
+    return load_lanes<DType::F32>(x.data, i);
 }
 
 constexpr int VECTORS = BLOCK / LANES;  // of a block
-
-template <DType T>
-constexpr int64_t bytes_of(int64_t n) {
-    return n * (T == DType::F32 ? 4 : 2);
-}
 
 /// Ask for the cache lines that hold one operand's block `PREFETCH` bytes ahead. The processor's own
 /// prefetchers lose their way among many streams: without this the kernels wait for memory half of their
 /// time.
 template <DType T>
-inline void prefetch_block(const void* p, int64_t i) {
+inline void prefetch_block(View x, int64_t i) {
     constexpr int PREFETCH = 2048;
-    const char* at = static_cast<const char*>(p) + bytes_of<T>(i) + PREFETCH;
-    for (int64_t j = 0; j < bytes_of<T>(BLOCK); j += 64) __builtin_prefetch(at + j);
+    const int64_t size = T == MIXED ? itemsize(x.type) : itemsize(T);
+    const char* at = static_cast<const char*>(x.data) + i * size + PREFETCH;
+    for (int64_t j = 0; j < BLOCK * size; j += 64) __builtin_prefetch(at + j);
 }
 
 /// The base's block; zeros where there is none: subtracting +0 changes nothing.
 template <DType T>
 inline void load_base(const Operands& in, int64_t i, Floats* base) {
-    if (in.base) prefetch_block<T>(in.base, i);
-    for (int v = 0; v < VECTORS; ++v) base[v] = in.base ? load_lanes<T>(in.base, i + v * LANES) : Floats{};
+    if (in.base) prefetch_block<T>(base_of(in), i);
+    for (int v = 0; v < VECTORS; ++v)
+        base[v] = in.base ? load_view<T>(base_of(in), i + v * LANES) : Floats{};
 }
 
 /// Deltas of expert data x.
 template <DType T>
-inline void load_deltas(const void* x, int64_t i, const Floats* base, Floats* d) {
+inline void load_deltas(View x, int64_t i, const Floats* base, Floats* d) {
     prefetch_block<T>(x, i);
-    for (int v = 0; v < VECTORS; ++v) d[v] = load_lanes<T>(x, i + v * LANES) - base[v];
+    for (int v = 0; v < VECTORS; ++v) d[v] = load_view<T>(x, i + v * LANES) - base[v];
 }
 
 /// As order_key.
@@ -52,15 +74,15 @@ inline void variance_lanes(const Operands& in, int64_t i, const Floats* base, Fl
     const int K = in.n_experts;
     const float count = float(K);
     Floats d[VECTORS], mean[VECTORS];
-    load_deltas<T>(in.expert[0], i, base, mean);
+    load_deltas<T>(expert_of(in, 0), i, base, mean);
     for (int k = 1; k < K; ++k) {
-        load_deltas<T>(in.expert[k], i, base, d);
+        load_deltas<T>(expert_of(in, k), i, base, d);
         for (int v = 0; v < VECTORS; ++v) mean[v] = mean[v] + d[v];
     }
     for (int v = 0; v < VECTORS; ++v) mean[v] = mean[v] / count;
     for (int v = 0; v < VECTORS; ++v) var[v] = Floats{};  // squares are never -0
     for (int k = 0; k < K; ++k) {
-        load_deltas<T>(in.expert[k], i, base, d);
+        load_deltas<T>(expert_of(in, k), i, base, d);
         for (int v = 0; v < VECTORS; ++v) {
             const Floats e = d[v] - mean[v];
             var[v] = var[v] + e * e;
@@ -92,11 +114,11 @@ inline bool any_nonfinite(const Operands& in, int64_t a, int64_t b) {
 // ---- what is kept
 // --------------------------------------------------------------------------------------------
 
-constexpr int MAX_COMMON = 32;  // experts: bounds what lies on the stack
+constexpr int MAX_COMMON = 64;  // experts: bounds what lies on the stack
 
 /// What a fast path needs of one expert, looked up once; the walk's part is filled by `common_walk`.
 struct CommonExpert {
-    const void* x;
+    View x;
     const double* trim;  // [units] cuts, or null
     const double* remove;
     const int64_t *trim_tie, *remove_tie;
@@ -112,7 +134,7 @@ inline bool common_experts(const Keep& keep, const Operands& in, const Ranks& ra
     const auto fits = [&](const Cut& cut) {
         return !cut.value || cut.axis == Axis::Tensor || in.cols % BLOCK == 0;
     };
-    if (!of_one_type(in, f64) || in.n_experts > MAX_COMMON || keep.given || !fits(keep.trim) ||
+    if (!is_single(in, f64) || in.n_experts > MAX_COMMON || keep.given || !fits(keep.trim) ||
         !fits(keep.remove) || (keep.drop == DropKind::Ranked && !ranks.kept))
         return false;
     for (int k = 0; k < in.n_experts; ++k) {
@@ -120,7 +142,7 @@ inline bool common_experts(const Keep& keep, const Operands& in, const Ranks& ra
         const auto of = [&](auto* values, const Cut& cut) {
             return values ? values + k * cut.units : nullptr;
         };
-        e.x = in.expert[k];
+        e.x = expert_of(in, k);
         e.trim = of(keep.trim.value, keep.trim), e.trim_tie = of(keep.trim.last_tie, keep.trim);
         e.remove = of(keep.remove.value, keep.remove), e.remove_tie = of(keep.remove.last_tie, keep.remove);
         e.decided = ranks.kept ? ranks.kept + int64_t(k) * ranks.stride : nullptr;

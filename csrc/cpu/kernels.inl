@@ -414,13 +414,14 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 #include "cpu/statistics_common.inl"
 
-// The instantiation of a template for the operands' one type.
-#define FM_BY_TYPE(in, name, ...)                                                      \
-    do {                                                                               \
-        if ((in).expert_type[0] == DType::BF16) return name<DType::BF16>(__VA_ARGS__); \
-        if ((in).expert_type[0] == DType::F16) return name<DType::F16>(__VA_ARGS__);   \
-        return name<DType::F32>(__VA_ARGS__);                                          \
-    } while (false)
+// The instantiation of a template for the operands' types.
+#define FM_BY_TYPE(in, name, ...)                                           \
+    switch (type_of(in)) {                                                  \
+        case DType::BF16: return name<DType::BF16>(__VA_ARGS__);            \
+        case DType::F16: return name<DType::F16>(__VA_ARGS__);              \
+        case DType::F32: return name<DType::F32>(__VA_ARGS__);              \
+        default: return name<MIXED>(__VA_ARGS__);                           \
+    }
 
 // The table's entries choose the compute type; everything below them is a template over it.
 #define FM_CHOOSE(call_f32, call_f64) return f64 ? call_f64 : call_f32
@@ -446,7 +447,7 @@ void moments(Moment of, const Keep& p, const Operands& in, const Ranks& r, bool 
               moments_range<double>(of, p, in, r, a, b, lanes));
 }
 void gram(const Operands& in, bool f64, int64_t a, int64_t b, int64_t position, double* lanes) {
-    if (of_one_type(in, f64)) FM_BY_TYPE(in, gram_common, in, a, b, position, lanes);
+    if (is_single(in, f64)) FM_BY_TYPE(in, gram_common, in, a, b, position, lanes);
     FM_CHOOSE(gram_range<float>(in, a, b, position, lanes), gram_range<double>(in, a, b, position, lanes));
 }
 void gram_columns(const Operands& in, bool f64, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
@@ -467,7 +468,7 @@ void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int sh
 }
 void bracket(const Operands& in, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
              const Bracket* brackets, Bracketed* counts) {
-    if (of_one_type(in, f64))
+    if (is_single(in, f64))
         FM_BY_TYPE(in, bracket_common, in, variance, nonzero, n_ranks, a, b, brackets, counts);
     FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a),
               bracket_range<double>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a));
@@ -483,7 +484,7 @@ void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32
 }
 bool ranks_rows(const Keep& keep, const Operands& in, bool f64) {
     return keep.drop_axis == Axis::Row && !keep.by_value && !keep.rescale && !keep.given &&
-           in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && of_one_type(in, f64);
+           in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && is_single(in, f64);
 }
 void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, uint64_t key,
               uint32_t* scratch, uint64_t* kept) {

@@ -42,7 +42,7 @@ void bracket_common(const Operands& in, bool variance, bool nonzero, int n_ranks
             if (variance)
                 variance_lanes<T>(in, i, base, d);
             else
-                load_deltas<T>(in.expert[k], i, base, d);
+                load_deltas<T>(expert_of(in, k), i, base, d);
             Words keys[VECTORS];
             for (int v = 0; v < VECTORS; ++v) keys[v] = order_keys(d[v]);
             for (int r = 0; r < n_ranks; ++r)
@@ -78,8 +78,8 @@ inline void moment_of_expert(const CommonExpert& e, const Operands& in, int64_t 
         };
         for (int block = 0; block < n_blocks; ++block) {
             const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
-            const Floats x = load_lanes<T>(e.x, i);
-            const Words key = Words(in.base ? x - load_lanes<T>(in.base, i) : x) & 0x7fffffffu;
+            const Floats x = load_view<T>(e.x, i);
+            const Words key = Words(in.base ? x - load_view<T>(base_of(in), i) : x) & 0x7fffffffu;
             add(Floats(key), sums);
             if (!plain) add(only(kept_lanes(keep[block], order_keys(Floats(key)), v), Floats(key)), sums + 2);
         }
@@ -144,10 +144,10 @@ inline void gram_of(const Operands& in, int j, int k0, int64_t a, int n_blocks, 
             low[n] = read<Doubles>(at + n * BLOCK), high[n] = read<Doubles>(at + n * BLOCK + HALF);
         for (int block = 0; block < n_blocks; ++block) {
             const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
-            const Floats base = in.base ? load_lanes<T>(in.base, i) : Floats{};
-            const TwoDoubles x = to_doubles(load_lanes<T>(in.expert[j], i) - base);
+            const Floats base = in.base ? load_view<T>(base_of(in), i) : Floats{};
+            const TwoDoubles x = to_doubles(load_view<T>(expert_of(in, j), i) - base);
             for (int n = 0; n < N; ++n) {
-                const TwoDoubles y = k0 + n == j ? x : to_doubles(load_lanes<T>(in.expert[k0 + n], i) - base);
+                const TwoDoubles y = k0 + n == j ? x : to_doubles(load_view<T>(expert_of(in, k0 + n), i) - base);
                 low[n] += x.low * y.low, high[n] += x.high * y.high;
             }
         }
@@ -254,7 +254,7 @@ void rank_row_common(const Operands& in, int k, int64_t a, const uint32_t* thres
     for (int64_t j = 0; j < m; j += BLOCK) {
         Floats base[VECTORS], d[VECTORS];
         load_base<T>(in, a + j, base);
-        load_deltas<T>(in.expert[k], a + j, base, d);
+        load_deltas<T>(expert_of(in, k), a + j, base, d);
         for (int v = 0; v < VECTORS; ++v) {
             const Words x = order_keys(d[v]);
             highest = most(highest, x);

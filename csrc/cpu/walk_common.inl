@@ -52,13 +52,13 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
     Floats base[TILE];
     CampLanes camps[TILE] = {};
     for (int v = 0; v < TILE; ++v) {
-        base[v] = in.base ? load_lanes<T>(in.base, i + (v0 + v) * LANES) : zeros;
+        base[v] = in.base ? load_view<T>(base_of(in), i + (v0 + v) * LANES) : zeros;
         merged[v] = -zeros;  // a sum that starts from -0 is its first value
     }
     for (int k = 0; k < in.n_experts; ++k) {
         const CommonExpert& e = experts[k];
         for (int v = 0; v < TILE; ++v) {
-            Floats d = load_lanes<T>(e.x, i + (v0 + v) * LANES) - base[v];
+            Floats d = load_view<T>(e.x, i + (v0 + v) * LANES) - base[v];
             const Words key = order_keys(d);
             largest = most(largest, key);
             if (any) d = only(kept_lanes(kept[k], key, v0 + v), d);
@@ -113,7 +113,7 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
             i += m;
             continue;
         }
-        if (in.base) prefetch_block<T>(in.base, i);
+        if (in.base) prefetch_block<T>(base_of(in), i);
         for (int k = 0; k < in.n_experts; ++k) prefetch_block<T>(experts[k].x, i);
         Floats merged[VECTORS];
         for (int v = 0; v < VECTORS; v += TILE)
