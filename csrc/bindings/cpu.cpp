@@ -155,14 +155,15 @@ PYBIND11_MODULE(_cpu, m) {
                                                int, double, std::vector<double>, double, double, bool>());
 
     py::class_<Decided>(m, "Decided").def(py::init<int, int64_t>());
-    m.def("walk", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, uintptr_t out, int out_type) {
-        check(w.plan.keep, in);
-        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
-        bool bad = false;
-        nogil release;
-        run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
-        return bad;
-    });
+    m.def("walk",
+          [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, uintptr_t out, int out_type) {
+              check(w.plan.keep, in);
+              if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+              bool bad = false;
+              nogil release;
+              run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
+              return bad;
+          });
     m.def("keep_mask", [](const PyKeep& k, const PyOperands& in, bool f64) {
         check(k.plan, in);
         py::array_t<uint8_t> out({py::ssize_t(in.view.n_experts), py::ssize_t(in.view.n)});

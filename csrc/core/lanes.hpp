@@ -70,6 +70,26 @@ inline Longs multiply_low(Longs a, Longs b) {
 #endif
 }
 
+struct TwoLongs {
+    Longs first, second;
+};
+
+/// a0 b0 a1 b1 ...
+inline TwoLongs interleave(Longs a, Longs b) {
+#if defined(__AVX512F__)
+    const Longs first = {0, 8, 1, 9, 2, 10, 3, 11}, second = {4, 12, 5, 13, 6, 14, 7, 15};
+    return {Longs(_mm512_permutex2var_epi64(__m512i(a), __m512i(first), __m512i(b))),
+            Longs(_mm512_permutex2var_epi64(__m512i(a), __m512i(second), __m512i(b)))};
+#elif defined(__AVX2__)
+    const __m256i even = _mm256_unpacklo_epi64(__m256i(a), __m256i(b)),
+                  odd = _mm256_unpackhi_epi64(__m256i(a), __m256i(b));
+    return {Longs(_mm256_permute2x128_si256(even, odd, 0x20)),
+            Longs(_mm256_permute2x128_si256(even, odd, 0x31))};
+#else
+    return {Longs{a[0], b[0]}, Longs{a[1], b[1]}};
+#endif
+}
+
 /// Bit j is set iff keys[j] > bound, of 64 keys; keys and bound are below 2^31.
 inline uint64_t greater_mask(const uint32_t* keys, uint32_t bound) {
     uint64_t mask = 0;
@@ -138,8 +158,11 @@ inline uint64_t lanes_above(const Words* keys, uint32_t bound) {
 // would make vectors of them and back.
 #if defined(__AVX512F__)
 typedef __mmask16 Picks;
-inline Picks above(Words a, Words b) {
-    return _mm512_cmpgt_epu32_mask(__m512i(a), __m512i(b));
+inline Picks above(Ints a, Ints b) {
+    return _mm512_cmpgt_epi32_mask(__m512i(a), __m512i(b));
+}
+inline Picks not_above(Ints a, Ints b) {
+    return _mm512_cmple_epi32_mask(__m512i(a), __m512i(b));
 }
 inline Picks positive(Floats x) {
     return _mm512_cmp_ps_mask(__m512(x), _mm512_setzero_ps(), _CMP_GT_OQ);
@@ -178,13 +201,13 @@ inline Words count_where(Words count, Picks p) {
 inline Picks both(Picks a, Picks b) {
     return Picks(a & b);
 }
-inline Picks not_in(Picks a) {
-    return Picks(~a);
-}
 #else
 typedef Ints Picks;
-inline Picks above(Words a, Words b) {
-    return Ints(a) > Ints(b);  // keys and cuts are below 2^31
+inline Picks above(Ints a, Ints b) {
+    return a > b;
+}
+inline Picks not_above(Ints a, Ints b) {
+    return a <= b;
 }
 inline Picks positive(Floats x) {
     return x > Floats{};
@@ -229,9 +252,6 @@ inline Words count_where(Words count, Picks p) {
 inline Picks both(Picks a, Picks b) {
     return a & b;
 }
-inline Picks not_in(Picks a) {
-    return ~a;
-}
 #endif
 
 /// Words at table[index[0]], table[index[1]], ...
@@ -246,27 +266,23 @@ inline Words gather(const uint32_t* table, const uint32_t* index) {
 #endif
 }
 
-/// Bit j is set iff draw[j] < threshold, of 64 draws; 0 < threshold <= 65535.
-inline uint64_t draws_below(const uint16_t* draw, uint32_t threshold) {
+/// Bit j is set iff half-word j is below the threshold, 0 < threshold <= 65535.
+inline uint64_t halves_below(TwoLongs x, uint32_t threshold) {
 #if defined(__AVX512BW__)
     const __m512i t = _mm512_set1_epi16(short(threshold));
-    return uint64_t(_mm512_cmplt_epu16_mask(_mm512_loadu_si512(draw), t)) |
-           uint64_t(_mm512_cmplt_epu16_mask(_mm512_loadu_si512(draw + 32), t)) << 32;
+    return uint64_t(_mm512_cmplt_epu16_mask(__m512i(x.first), t)) |
+           uint64_t(_mm512_cmplt_epu16_mask(__m512i(x.second), t)) << 32;
+#elif defined(__AVX2__)
+    const __m256i a = __m256i(x.first), b = __m256i(x.second), top = _mm256_set1_epi16(short(threshold - 1));
+    const __m256i below_a = _mm256_cmpeq_epi16(_mm256_min_epu16(a, top), a),
+                  below_b = _mm256_cmpeq_epi16(_mm256_min_epu16(b, top), b);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(below_a, below_b), 0xd8);
+    return uint32_t(_mm256_movemask_epi8(bytes));
 #else
+    uint16_t half[sizeof x / 2];
+    memcpy(half, &x, sizeof x);
     uint64_t bits = 0;
-#if defined(__AVX2__)
-    const __m256i top = _mm256_set1_epi16(short(threshold - 1));
-    for (int j = 0; j < 64; j += 32) {
-        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(draw + j)),
-                      b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(draw + j + 16));
-        const __m256i below_a = _mm256_cmpeq_epi16(_mm256_min_epu16(a, top), a),
-                      below_b = _mm256_cmpeq_epi16(_mm256_min_epu16(b, top), b);
-        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(below_a, below_b), 0xd8);
-        bits |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
-    }
-#else
-    for (int j = 0; j < 64; ++j) bits |= uint64_t(draw[j] < threshold) << j;
-#endif
+    for (size_t j = 0; j < sizeof x / 2; ++j) bits |= uint64_t(half[j] < threshold) << j;
     return bits;
 #endif
 }

@@ -22,28 +22,34 @@ FM_HD inline Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32
     return {{c0, c1, c2, c3}};
 }
 
-/// 16-bit draws of the 64 elements from `first`, a multiple of 64: eight Philox blocks side by side.
+/// Words of N Philox blocks, those of counters `first` .. `first` + N - 1, side by side: low holds the first
+/// two words of each block, high the others.
+inline void philox_lanes(uint64_t key, uint64_t first, Longs& low, Longs& high) {
+    constexpr int N = WIDE / 8;
+    // Only the low half of each lane counts; what is left in the high half never reaches a product.
+    Longs c0;
+    for (int j = 0; j < N; ++j) c0[j] = uint64_t(j);
+    c0 += first;
+    Longs c1 = c0 >> 32, c2 = {}, c3 = {}, k0 = Longs{} + uint32_t(key), k1 = Longs{} + (key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const Longs p0 = multiply_low(c0, Longs{} + 0xD2511F53u),
+                    p1 = multiply_low(c2, Longs{} + 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ k0, c2 = (p0 >> 32) ^ c3 ^ k1;
+        c1 = p1, c3 = p0;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+}
+
+/// 16-bit draws of the 64 elements from `first`, a multiple of 64: eight Philox blocks side by side. Elements
+/// are in little-endian order of the half-words of each block's four words.
 inline void draws16_block(uint64_t key, int64_t first, uint16_t* out) {
-    constexpr int N = WIDE / 8;  // blocks that fit one vector
+    constexpr int N = WIDE / 8;
     for (int b = 0; b < 8; b += N) {
-        // Only the low half of each lane counts; what is left in the high half never reaches a product.
-        Longs c0, c1, c2 = {}, c3 = {};
-        for (int j = 0; j < N; ++j) c0[j] = uint64_t((first >> 3) + b + j);
-        c1 = c0 >> 32;
-        uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const Longs p0 = multiply_low(c0, Longs{} + 0xD2511F53u),
-                        p1 = multiply_low(c2, Longs{} + 0xCD9E8D57u);
-            c0 = (p1 >> 32) ^ c1 ^ k0, c2 = (p0 >> 32) ^ c3 ^ k1;
-            c1 = p1, c3 = p0;
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        }
-        const Longs low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-        // Elements are in little-endian order of the half-words of each block's four words.
-        for (int j = 0; j < N; ++j) {
-            const uint64_t words[2] = {low[j], high[j]};
-            memcpy(out + 8 * (b + j), words, sizeof words);
-        }
+        Longs low, high;
+        philox_lanes(key, uint64_t(first >> 3) + uint64_t(b), low, high);
+        const TwoLongs words = interleave(low, high);
+        memcpy(out + 8 * b, &words, sizeof words);
     }
 }
 

@@ -1,6 +1,6 @@
-// What the fast paths share: float32, whole aligned blocks, values in registers. Each computes what its namesake
-// in kernels.inl does, stage by stage; runs that do not fill an aligned block are left to that. They are templates
-// over the operands' type, or MIXED where each has its own.
+// What the fast paths share: float32, whole aligned blocks, values in registers. Each computes what its
+// namesake in kernels.inl does, stage by stage; runs that do not fill an aligned block are left to that. They
+// are templates over the operands' type, or MIXED where each has its own.
 
 /// Whether the operands are widened to float32.
 inline bool is_single(const Operands& in, bool f64) {
@@ -52,8 +52,7 @@ inline void prefetch_block(View x, int64_t i) {
 template <DType T>
 inline void load_base(const Operands& in, int64_t i, Floats* base) {
     if (in.base) prefetch_block<T>(base_of(in), i);
-    for (int v = 0; v < VECTORS; ++v)
-        base[v] = in.base ? load_view<T>(base_of(in), i + v * LANES) : Floats{};
+    for (int v = 0; v < VECTORS; ++v) base[v] = in.base ? load_view<T>(base_of(in), i + v * LANES) : Floats{};
 }
 
 /// Deltas of expert data x.
@@ -93,10 +92,15 @@ inline void variance_lanes(const Operands& in, int64_t i, const Floats* base, Fl
 
 /// Draws of a block as bits: bit j is set iff element j's draw is below the threshold. `first` is its flat
 /// index.
-inline uint64_t drawn_bits(uint64_t key, int64_t first, uint32_t threshold) {
-    uint16_t draw[BLOCK];
-    draws16_block(key, first, draw);
-    return draws_below(draw, threshold);
+__attribute__((always_inline)) inline uint64_t drawn_bits(uint64_t key, int64_t first, uint32_t threshold) {
+    constexpr int N = WIDE / 8;
+    uint64_t bits = 0;
+    for (int b = 0; b < 8; b += N) {
+        Longs low, high;
+        philox_lanes(key, uint64_t(first >> 3) + uint64_t(b), low, high);
+        bits |= halves_below(interleave(low, high), threshold) << (8 * b);
+    }
+    return bits;
 }
 
 /// Whether an operand of elements [a, b) is not finite.
@@ -160,38 +164,33 @@ inline bool common_experts(const Keep& keep, const Operands& in, const Ranks& ra
 /// A cut as the largest key of a whole block that is not above it. Equal magnitudes of a block are all above
 /// the cut or none, but in the one block of last_tie (false): moving the cut by one then says it without
 /// looking at positions.
-inline bool block_cut(double value, int64_t last_tie, int64_t first, uint32_t& cut, bool& all) {
-    all = value < 0;
+inline bool block_cut(double value, int64_t last_tie, int64_t first, int32_t& cut) {
     const int64_t ahead = last_tie - first;
-    cut = order_key(float(value)) - uint32_t(ahead >= BLOCK - 1 && value > 0);
-    if (value == 0 && ahead >= BLOCK - 1) all = true;
-    return all || ahead < 0 || ahead >= BLOCK - 1;
+    const bool ties = ahead >= BLOCK - 1;
+    cut = value < 0 ? -1 : int32_t(order_key(float(value))) - ties;
+    return value < 0 || ahead < 0 || ties;
 }
 
 /// Which elements of one expert's block are kept: by cuts of the key, and a bit each for all else.
 struct BlockKeep {
     uint64_t bits;
-    uint32_t trim, remove;  // keys kept are above `trim` and not above `remove`
-    bool trims, removes;
+    int32_t trim, remove;  // keys kept are above `trim` and not above `remove`
 };
 
 /// Decide a whole block that begins at chunk index i; false if it needs positions. select: bits shared by
 /// all.
-inline bool keep_of_block(const CommonExpert& e, const Keep& keep, const Operands& in, int64_t i,
-                          uint64_t select, BlockKeep& out) {
+__attribute__((always_inline)) inline bool keep_of_block(const CommonExpert& e, const Keep& keep,
+                                                         const Operands& in, int64_t i, uint64_t select,
+                                                         BlockKeep& out) {
     const int64_t first = in.start + i;
-    bool all;
-    out = {select, 0, 0, false, false};
+    out = {select, -1, 0x7fffffff};
     if (e.trim) {
         const int64_t u = unit_of(keep.trim.axis, first, in.cols);
-        if (!block_cut(e.trim[u], e.trim_tie[u], first, out.trim, all)) return false;
-        out.trims = !all;
+        if (!block_cut(e.trim[u], e.trim_tie[u], first, out.trim)) return false;
     }
     if (e.remove) {
         const int64_t u = unit_of(keep.remove.axis, first, in.cols);
-        if (!block_cut(e.remove[u], e.remove_tie[u], first, out.remove, all)) return false;
-        out.removes = !all;
-        if (all) out.bits = 0;
+        if (!block_cut(e.remove[u], e.remove_tie[u], first, out.remove)) return false;
     }
     if (e.decided) out.bits &= e.decided[i / BLOCK];
     if (e.threshold == 0) out.bits = 0;
@@ -201,10 +200,9 @@ inline bool keep_of_block(const CommonExpert& e, const Keep& keep, const Operand
 
 /// The picks of vector v, whose keys are given.
 inline Picks kept_lanes(const BlockKeep& keep, Words key, int v) {
-    Picks p = picks_of(keep.bits, v);
-    if (keep.trims) p = both(p, above(key, Words{} + keep.trim));
-    if (keep.removes) p = both(p, not_in(above(key, Words{} + keep.remove)));
-    return p;
+    const Picks large = above(Ints(key), Ints{} + keep.trim),
+                small = not_above(Ints(key), Ints{} + keep.remove);
+    return both(both(large, small), picks_of(keep.bits, v));
 }
 
 /// The variance selection of a whole block; false if it needs positions.
@@ -212,15 +210,14 @@ template <DType T>
 inline bool select_bits(const Keep& keep, const Operands& in, int64_t i, uint64_t& bits) {
     bits = ~uint64_t(0);
     if (!keep.select.value) return true;
-    uint32_t cut;
-    bool all;
-    if (!block_cut(keep.select.value[0], keep.select.last_tie[0], in.start + i, cut, all)) return false;
-    if (all) return true;
+    int32_t cut;
+    if (!block_cut(keep.select.value[0], keep.select.last_tie[0], in.start + i, cut)) return false;
+    if (cut < 0) return true;
     Floats base[VECTORS], var[VECTORS];
     Words keys[VECTORS];
     load_base<T>(in, i, base);
     variance_lanes<T>(in, i, base, var);
     for (int v = 0; v < VECTORS; ++v) keys[v] = order_keys(var[v]);
-    bits = lanes_above(keys, cut);
+    bits = lanes_above(keys, uint32_t(cut));
     return true;
 }

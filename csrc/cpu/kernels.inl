@@ -415,12 +415,16 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 #include "cpu/statistics_common.inl"
 
 // The instantiation of a template for the operands' types.
-#define FM_BY_TYPE(in, name, ...)                                           \
-    switch (type_of(in)) {                                                  \
-        case DType::BF16: return name<DType::BF16>(__VA_ARGS__);            \
-        case DType::F16: return name<DType::F16>(__VA_ARGS__);              \
-        case DType::F32: return name<DType::F32>(__VA_ARGS__);              \
-        default: return name<MIXED>(__VA_ARGS__);                           \
+#define FM_BY_TYPE(in, name, ...)                  \
+    switch (type_of(in)) {                         \
+        case DType::BF16:                          \
+            return name<DType::BF16>(__VA_ARGS__); \
+        case DType::F16:                           \
+            return name<DType::F16>(__VA_ARGS__);  \
+        case DType::F32:                           \
+            return name<DType::F32>(__VA_ARGS__);  \
+        default:                                   \
+            return name<MIXED>(__VA_ARGS__);       \
     }
 
 // The table's entries choose the compute type; everything below them is a template over it.
@@ -428,11 +432,8 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
           DType t) {
-    if (CommonExpert experts[MAX_COMMON]; common_walk(p, in, r, f64, experts)) {
-        if (p.vote == Vote::None) FM_BY_TYPE(in, walk_sum, p, in, r, experts, a, b, out, t);
-        if (p.vote == Vote::Mass) FM_BY_TYPE(in, walk_mass, p, in, r, experts, a, b, out, t);
-        FM_BY_TYPE(in, walk_delta, p, in, r, experts, a, b, out, t);
-    }
+    if (CommonExpert experts[MAX_COMMON]; common_walk(p, in, r, f64, experts))
+        FM_BY_TYPE(in, walk_voted, p, in, r, experts, a, b, out, t);
     FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
 }
 void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,

@@ -69,7 +69,8 @@ FM_CLONES double rank_deviation(const uint64_t* keys, int64_t n, uint64_t about,
     return std::sqrt(std::max(square - runs * mean * mean, 0.0));
 }
 
-/// The keys of a sample, counted by their leading bits: finds any of them by its rank in a reading of one bin.
+/// The keys of a sample, counted by their leading bits: finds any of them by its rank in a reading of one
+/// bin.
 class SampleBins {
   public:
     SampleBins(const std::vector<uint64_t>& keys, uint64_t largest)
@@ -85,7 +86,8 @@ class SampleBins {
         const size_t bin = bin_of(r);
         std::vector<uint64_t> held(reached_[bin] - reached_[bin + 1] + 1);
         size_t n = 0;
-        for (const uint64_t key : keys_) {  // written whether it is kept or not: branches would be guessed wrong
+        for (const uint64_t key :
+             keys_) {  // written whether it is kept or not: branches would be guessed wrong
             held[n] = key;
             n += (key >> shift_) == bin;
         }

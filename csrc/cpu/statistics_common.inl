@@ -147,7 +147,8 @@ inline void gram_of(const Operands& in, int j, int k0, int64_t a, int n_blocks, 
             const Floats base = in.base ? load_view<T>(base_of(in), i) : Floats{};
             const TwoDoubles x = to_doubles(load_view<T>(expert_of(in, j), i) - base);
             for (int n = 0; n < N; ++n) {
-                const TwoDoubles y = k0 + n == j ? x : to_doubles(load_view<T>(expert_of(in, k0 + n), i) - base);
+                const TwoDoubles y =
+                    k0 + n == j ? x : to_doubles(load_view<T>(expert_of(in, k0 + n), i) - base);
                 low[n] += x.low * y.low, high[n] += x.high * y.high;
             }
         }
@@ -220,10 +221,10 @@ class RowRanks {
     }
     uint32_t less_than(uint32_t key) const {
         Words count[2] = {};
-        const Words bound = Words{} + key;
+        const Ints bound = Ints{} + int32_t(key);
         for (int64_t j = 0; j < m_; j += 2 * LANES) {
-            count[0] = count_where(count[0], above(bound, read<Words>(keys_ + j)));
-            count[1] = count_where(count[1], above(bound, read<Words>(keys_ + j + LANES)));
+            count[0] = count_where(count[0], above(bound, read<Ints>(keys_ + j)));
+            count[1] = count_where(count[1], above(bound, read<Ints>(keys_ + j + LANES)));
         }
         return sum(count[0] + count[1]);
     }
@@ -288,9 +289,10 @@ void rank_row_common(const Operands& in, int k, int64_t a, const uint32_t* thres
         draws16_block(key, in.start + a + j, draw);
         uint64_t keep = 0, left = 0;
         for (int v = 0; v < VECTORS; ++v) {
-            const Words drawn = widen(read<Halves>(draw + v * LANES));
+            const Ints drawn = Ints(widen(read<Halves>(draw + v * LANES)));
             const Words bound = gather(bounds, bin + j + v * LANES);
-            const Picks below = above(bound & 0xffffu, drawn), dropped = above(drawn, bound >> 16);
+            const Picks below = above(Ints(bound & 0xffffu), drawn),
+                        dropped = above(drawn, Ints(bound >> 16));
             keep |= bits_of(below, v), left |= bits_of(dropped, v);
         }
         kept[j / BLOCK] = keep;

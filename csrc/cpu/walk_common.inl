@@ -43,10 +43,13 @@ inline Floats elect_lanes(const WalkPlan& plan, const CampLanes& c, bool votes) 
 /// Vectors that are in work at once: as many as have their sums in registers.
 constexpr int TILE = VECTORS < 4 ? VECTORS : 4;
 
-template <DType T, Vote BY>
+/// How much of `BlockKeep` a walk needs.
+enum class Keeps { All, Large, Some };
+
+template <DType T, Vote BY, Keeps KEEPS>
 inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpert* experts,
                       const BlockKeep* kept, int64_t i, int v0, Floats* merged, Words& largest) {
-    const bool weighed = plan.divide == Divide::Weight, any = plan.keep.any();
+    const bool weighed = plan.divide == Divide::Weight;
     const bool rescale = plan.keep.rescale && plan.keep.drop == DropKind::Uniform;
     const Floats zeros = {};
     Floats base[TILE];
@@ -61,8 +64,9 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
             Floats d = load_view<T>(e.x, i + (v0 + v) * LANES) - base[v];
             const Words key = order_keys(d);
             largest = most(largest, key);
-            if (any) d = only(kept_lanes(kept[k], key, v0 + v), d);
-            if (rescale) d = d * e.inverse;
+            if (KEEPS == Keeps::Large) d = only(above(Ints(key), Ints{} + kept[k].trim), d);
+            if (KEEPS == Keeps::Some) d = only(kept_lanes(kept[k], key, v0 + v), d);
+            if (KEEPS == Keeps::Some && rescale) d = d * e.inverse;
             const Floats value = d * e.coefficient;
             if (BY == Vote::None) {
                 merged[v] += value;
@@ -93,7 +97,7 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
     }
 }
 
-template <DType T, Vote BY>
+template <DType T, Vote BY, Keeps KEEPS>
 bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, const CommonExpert* experts,
                  int64_t a, int64_t b, void* out, DType out_type) {
     Words largest = {};
@@ -103,7 +107,7 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
         BlockKeep kept[MAX_COMMON];
         uint64_t select;
         bool whole = m == BLOCK;
-        if (whole && plan.keep.any()) {
+        if (whole && KEEPS != Keeps::All) {
             whole = select_bits<T>(plan.keep, in, i, select);
             for (int k = 0; k < in.n_experts && whole; ++k)
                 whole = keep_of_block(experts[k], plan.keep, in, i, select, kept[k]);
@@ -117,7 +121,7 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
         for (int k = 0; k < in.n_experts; ++k) prefetch_block<T>(experts[k].x, i);
         Floats merged[VECTORS];
         for (int v = 0; v < VECTORS; v += TILE)
-            walk_tile<T, BY>(plan, in, experts, kept, i, v, merged + v, largest);
+            walk_tile<T, BY, KEEPS>(plan, in, experts, kept, i, v, merged + v, largest);
         if (out_type == DType::BF16) {
             for (int v = 0; v < VECTORS; ++v) {
                 const Halves h = to_bf16(merged[v]);
@@ -136,18 +140,20 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
     return bad || (suspect && any_nonfinite(in, a, b));
 }
 
-template <DType T>
-bool walk_sum(const WalkPlan& p, const Operands& in, const Ranks& r, const CommonExpert* e, int64_t a,
-              int64_t b, void* out, DType t) {
-    return walk_blocks<T, Vote::None>(p, in, r, e, a, b, out, t);
-}
-template <DType T>
-bool walk_mass(const WalkPlan& p, const Operands& in, const Ranks& r, const CommonExpert* e, int64_t a,
+template <DType T, Vote BY>
+bool walk_kept(const WalkPlan& p, const Operands& in, const Ranks& r, const CommonExpert* e, int64_t a,
                int64_t b, void* out, DType t) {
-    return walk_blocks<T, Vote::Mass>(p, in, r, e, a, b, out, t);
+    const Keep& k = p.keep;
+    if (!k.any()) return walk_blocks<T, BY, Keeps::All>(p, in, r, e, a, b, out, t);
+    if (!k.remove.value && !k.select.value && k.drop == DropKind::None)
+        return walk_blocks<T, BY, Keeps::Large>(p, in, r, e, a, b, out, t);
+    return walk_blocks<T, BY, Keeps::Some>(p, in, r, e, a, b, out, t);
 }
+
 template <DType T>
-bool walk_delta(const WalkPlan& p, const Operands& in, const Ranks& r, const CommonExpert* e, int64_t a,
+bool walk_voted(const WalkPlan& p, const Operands& in, const Ranks& r, const CommonExpert* e, int64_t a,
                 int64_t b, void* out, DType t) {
-    return walk_blocks<T, Vote::Delta>(p, in, r, e, a, b, out, t);
+    if (p.vote == Vote::None) return walk_kept<T, Vote::None>(p, in, r, e, a, b, out, t);
+    if (p.vote == Vote::Mass) return walk_kept<T, Vote::Mass>(p, in, r, e, a, b, out, t);
+    return walk_kept<T, Vote::Delta>(p, in, r, e, a, b, out, t);
 }
