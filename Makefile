@@ -35,7 +35,12 @@ lint: venv
 	$(BIN)/python benchmarks/report.py --check
 
 bench: venv
+	$(BIN)/pytest -q benchmarks/bench_ops.py --benchmark-autosave --benchmark-columns=min,median,rounds \
+		--results benchmarks/results/ops.json
 	$(BIN)/python benchmarks/bench_merge.py
+	$(BIN)/python benchmarks/bench_merge.py --cold
+	$(BIN)/python benchmarks/bench_merge.py --sweep
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -1,96 +1,54 @@
-"""Time whole merges, as processes, against mergekit on the same files in the same run.
+"""Time whole merges of synthetic checkpoints, as processes, beside what the machine could do at best.
 
-    python benchmarks/bench_merge.py [--parameters 120e6] [--runs 3] [--work DIR]
+    python benchmarks/bench_merge.py            from the page cache, against mergekit and a memory copy
+    python benchmarks/bench_merge.py --cold     from the disk, against direct reads
+    python benchmarks/bench_merge.py --sweep    ours alone, over sizes and numbers of experts
 
-Inputs are random bf16 checkpoints with Llama's names and shapes, read from a warm page cache.
-Seconds are wall time of
-the whole process, start-up included; peak memory is the kernel's own account of it. Writes
-benchmarks/results/.
+Inputs are bf16 with Llama's names and shapes (families.py). Seconds are wall time of the whole process,
+start-up included; peak memory is the kernel's own account of it. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from families import make_family
+from processes import Merge, compare, median, require_mergekit
+from storage import drop_pages, read_bandwidth
+
+from fastmerge import _cpu
+from fastmerge.bench import copy_bandwidth, environment
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu",
-}  # fmt: skip
+#: Methods and what each expert is merged with.
 EXPERT = {
     "linear": "weight: 0.5",
     "task_arithmetic": "weight: 0.5",
-    "ties": "{weight: 0.5, density: 0.3}",
-    "dare_ties": "{weight: 0.5, density: 0.3}",
-    "breadcrumbs": "{weight: 0.5, density: 0.8}",
-    "della": "{weight: 0.5, density: 0.5}",
+    "ties": "weight: 0.5, density: 0.3",
+    "dare_ties": "weight: 0.5, density: 0.3",
+    "breadcrumbs": "weight: 0.5, density: 0.8",
+    "della": "weight: 0.5, density: 0.5",
     "sce": "",
     "model_stock": "",
     "slerp": "",
 }
-
-
-def shapes(n_parameters: float) -> tuple[dict[str, tuple[int, ...]], int, int]:
-    """Choose layers of width 1024 until `n_parameters` is reached."""
-    hidden, inner, vocab = 1024, 2816, 32000
-    layer = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden),
-        "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-    }  # fmt: skip
-    size = sum(torch.Size(s).numel() for s in layer.values())
-    n_layers = max(1, round((n_parameters - 2 * vocab * hidden) / size))
-    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(n_layers):
-        names.update({f"model.layers.{i}.{k}.weight": s for k, s in layer.items()})
-    names["model.norm.weight"] = (hidden,)
-    names["lm_head.weight"] = (vocab, hidden)
-    return names, n_layers, hidden
-
-
-def make_family(work: Path, n_parameters: float, n_experts: int) -> int:
-    names, n_layers, hidden = shapes(n_parameters)
-    config = {
-        **CONFIG,
-        "num_hidden_layers": n_layers,
-        "hidden_size": hidden,
-        "intermediate_size": 2816,
-    }
-    generator = torch.Generator().manual_seed(0)
-    base = {k: torch.randn(s, generator=generator) * 0.03 for k, s in names.items()}
-    for m in range(n_experts + 1):
-        folder = work / ("base" if m == 0 else f"expert{m}")
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            k: (v if m == 0 else v + torch.randn(v.shape, generator=generator) * 0.001).bfloat16()
-            for k, v in base.items()
-        }
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config))
-    return sum(torch.Size(s).numel() for s in names.values())
+#: Of the sweep: sizes as shares of --parameters, and numbers of experts at the smallest size.
+SIZES, EXPERTS = (0.1, 0.2, 0.5, 1.0), (2, 4, 8)
 
 
 def recipe(method: str, n_experts: int) -> str:
+    """Return mergekit YAML over ./base and ./expert1 ..."""
     if method == "slerp":
         return (
             "merge_method: slerp\nbase_model: ./base\nparameters: {t: 0.5}\n"
-            "models:\n- model: ./base\n- model: ./expert1\n"
+            "models:\n- model: ./base\n- model: ./expert1\ndtype: bfloat16\n"
         )
     lines = [f"merge_method: {method}"]
     if method != "linear":
@@ -99,88 +57,181 @@ def recipe(method: str, n_experts: int) -> str:
     for m in range(1, n_experts + 1):
         lines.append(f"- model: ./expert{m}")
         if EXPERT[method]:
-            lines.append(
-                f"  parameters: {EXPERT[method] if '{' in EXPERT[method] else '{' + EXPERT[method] + '}'}"
-            )
+            lines.append(f"  parameters: {{{EXPERT[method]}}}")
     return "\n".join([*lines, "dtype: bfloat16", ""])
 
 
-#: Runs a command and prints its seconds and peak memory. A small process of its own: the kernel counts
-#: what a child shares with its parent at the fork into the child's peak, and this one holds torch.
-LAUNCHER = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-errors = child.stderr.read()
-_, status, usage = os.wait4(child.pid, 0)
-seconds = time.perf_counter() - start
-if status:
-    sys.exit(errors.decode()[-2000:])
-print(json.dumps({"seconds": seconds, "peak_mb": usage.ru_maxrss * 1024 / 1e6}))
-"""
+@contextmanager
+def family(work: Path, n_parameters: float, n_experts: int) -> Iterator[Path]:
+    """Yield a folder with a family; one under build/ stays for the next run."""
+    folder = work / f"{n_parameters / 1e6:g}m"
+    make_family(folder, n_parameters, n_experts)
+    try:
+        yield folder
+    finally:
+        if not work.is_relative_to(ROOT / "build"):
+            shutil.rmtree(folder)
 
 
-def timed(command: list[str], work: Path) -> dict[str, float]:
-    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(launcher, cwd=work, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+def merge_of(method: str, folder: Path, n_experts: int) -> Merge:
+    config = folder / f"{method}-{n_experts}.yaml"
+    config.write_text(recipe(method, n_experts))
+    return Merge(config, folder)
 
 
-def median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+# ---- the three benchmarks --------------------------------------------------------------------------
 
 
-def machine() -> str:
-    model = "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":")[1].strip()
-            break
-    return f"{model}, {os.cpu_count()} cores, Linux, Python {platform.python_version()}"
+def warm(options: argparse.Namespace) -> dict[str, Any]:
+    """Time merges from the page cache: durable, without fsync, and mergekit's; compare what was written."""
+    threads = _cpu.available_threads()
+    copied = copy_bandwidth(threads)
+    rows = []
+    with family(options.work, options.parameters, options.experts) as folder:
+        ours, theirs = folder / "out-ours", folder / "out-theirs"
+        for method in options.methods:
+            merge = merge_of(method, folder, options.experts)
+            row: dict[str, Any] = {
+                "method": method,
+                "bytes_moved": merge.bytes_moved,
+                "floor_seconds": merge.bytes_moved / copied,
+            }
+            merge.ours(ours)  # once for the program's own pages
+            row["fastmerge"] = median([merge.ours(ours) for _ in range(options.runs)])
+            no_fsync = [merge.ours(ours, "--no-fsync") for _ in range(options.runs)]
+            row["fastmerge_no_fsync"] = median(no_fsync)
+            if options.peer:
+                row["mergekit"] = median([merge.theirs(theirs)])
+                row["difference"] = compare(ours, theirs)
+            rows.append(show(row))
+        for out in (ours, theirs):
+            shutil.rmtree(out, ignore_errors=True)
+    return {
+        "parameters": merge.parameters,
+        "experts": options.experts,
+        "dtype": "bf16",
+        "runs": options.runs,
+        "threads": threads,
+        "copy_gb_per_s": copied / 1e9,
+        "rows": rows,
+    }
+
+
+def cold(options: argparse.Namespace) -> dict[str, Any]:
+    """Time merges of files that are not in the page cache, and direct reads of the same files between."""
+    rows, bandwidths = [], []
+    with family(options.work, options.parameters, options.experts) as folder:
+        out = folder / "out-ours"
+        for method in options.methods:
+            merge = merge_of(method, folder, options.experts)
+            runs = []
+            for i in range(options.runs):
+                drop_pages(merge.files)
+                runs.append(merge.reporting(out))
+                bandwidths.append(read_bandwidth(merge.files[i % len(merge.files)]))
+            seconds = statistics.median(done.seconds for done, _ in runs)
+            engine_seconds = statistics.median(report["seconds"] for _, report in runs)
+            n_bytes = runs[0][1]["bytes_read"]
+            row = {
+                "method": method,
+                "bytes_read": n_bytes,
+                "bytes_written": runs[0][1]["bytes_written"],
+                "seconds": seconds,
+                "engine_seconds": engine_seconds,
+                "read_gb_per_s": n_bytes / engine_seconds / 1e9,
+                "read_gb_per_s_of_process": n_bytes / seconds / 1e9,
+            }
+            rows.append(show(row))
+        shutil.rmtree(out, ignore_errors=True)
+    disk = statistics.median(bandwidths) / 1e9
+    for row in rows:
+        row["share_of_disk"] = row["read_gb_per_s"] / disk
+        row["share_of_disk_of_process"] = row["read_gb_per_s_of_process"] / disk
+    return {
+        "parameters": merge.parameters,
+        "experts": options.experts,
+        "runs": options.runs,
+        "disk_gb_per_s": disk,
+        "rows": rows,
+    }
+
+
+def sweep(options: argparse.Namespace) -> dict[str, Any]:
+    """Time ours over sizes and numbers of experts, from the page cache."""
+    families = [(SIZES[0] * options.parameters, sorted({options.experts, *EXPERTS}))]
+    families += [(size * options.parameters, [options.experts]) for size in SIZES[1:]]
+    rows = []
+    for n_parameters, numbers in families:
+        with family(options.work, n_parameters, max(numbers)) as folder:
+            out = folder / "out-ours"
+            for method in options.methods:
+                for n_experts in numbers:
+                    merge = merge_of(method, folder, n_experts)
+                    merge.ours(out)
+                    usage = median([merge.ours(out) for _ in range(options.runs)])
+                    row = {
+                        "method": method,
+                        "parameters": merge.parameters,
+                        "experts": n_experts,
+                        "bytes_moved": merge.bytes_moved,
+                        **usage,
+                        "ns_per_parameter": usage["seconds"] / merge.parameters * 1e9,
+                        "ns_per_byte": usage["seconds"] / merge.bytes_moved * 1e9,
+                    }
+                    rows.append(show(row))
+            shutil.rmtree(out)
+    return {"runs": options.runs, "rows": rows}
+
+
+def show(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row as it comes; the README has the table."""
+    flat = {
+        f"{key} {inner}".strip(): value
+        for key, field in row.items()
+        for inner, value in (field.items() if isinstance(field, dict) else [("", field)])
+    }
+    words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items())
+    print("; ".join(words), flush=True)
+    return row
+
+
+Benchmark = Callable[[argparse.Namespace], dict[str, Any]]
+#: By mode: benchmark, parameters, methods.
+MODES: dict[str, tuple[Benchmark, float, list[str]]] = {
+    "merge": (warm, 540e6, list(EXPERT)),
+    "cold": (cold, 540e6, ["linear", "ties", "dare_ties"]),
+    "sweep": (sweep, 1e9, ["ties", "linear"]),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parameters", type=float, default=120e6)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    mode = parser.add_mutually_exclusive_group()
+    for name in ("cold", "sweep"):
+        mode.add_argument(f"--{name}", action="store_const", const=name, dest="mode")
+    parser.add_argument("--parameters", type=float, help="540e6; of the largest of the sweep: 1e9")
     parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(EXPERT))
+    parser.add_argument("--runs", type=int, default=3, help="of ours; mergekit runs once")
+    parser.add_argument("--methods", nargs="+", choices=list(EXPERT), metavar="METHOD")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--name", help="of the result file; merge-540m, cold or sweep")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--name", default="small")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.set_defaults(mode="merge")
     options = parser.parse_args()
-    work: Path = options.work
-    n = make_family(work, options.parameters, options.experts)
-    rows: list[dict[str, Any]] = []
-    moved: dict[str, int] = {}
-    for method in options.methods:
-        (work / f"{method}.yaml").write_text(recipe(method, options.experts))
-        operands = 2 if method == "slerp" else options.experts + (method != "linear")
-        moved[method] = (operands + 1) * 2 * n
-        ours = [str(BIN / "fastmerge"), "merge", f"{method}.yaml", "out-ours", "--force", "-q"]
-        theirs = [str(BIN / "mergekit-yaml"), f"{method}.yaml", "./out-theirs", "--quiet"]
-        timed(ours, work)
-        row = {
-            "method": method,
-            "fastmerge": median([timed(ours, work) for _ in range(options.runs)]),
-        }
-        shutil.rmtree(work / "out-theirs", ignore_errors=True)
-        slow = [timed(theirs, work)]
-        row["mergekit"] = median(slow)
-        rows.append(row)
-        print(
-            method,
-            {k: {a: round(b, 2) for a, b in v.items()} for k, v in row.items() if k != "method"},
-        )
-    result = {
-        "machine": machine(), "parameters": n, "experts": options.experts, "dtype": "bf16",
-        "runs": f"{options.runs} (mergekit: 1)", "bytes_moved": moved, "rows": rows,
-        "versions": {p: importlib.metadata.version(p) for p in ("fastmerge", "mergekit", "torch")},
-    }  # fmt: skip
-    out = ROOT / "benchmarks" / "results" / f"merge-{options.name}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    benchmark, parameters, methods = MODES[options.mode]
+    options.parameters = options.parameters or parameters
+    options.methods = options.methods or methods
+    options.work = options.work.resolve()
+    peer = options.mode == "merge" and options.peer
+    if peer:
+        require_mergekit()
+    packages = ["fastmerge", "torch", *(["mergekit"] if peer else [])]
+    result = {**environment(*packages), **benchmark(options)}
+    size = f"-{options.parameters / 1e6:g}m" if options.mode == "merge" else ""
+    path = options.results / f"{options.name or options.mode + size}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

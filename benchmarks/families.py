@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-POOL = (
-    1 << 24
-) + 43  # of random numbers, cut at random places: drawing each anew would take minutes
+#: Random numbers, cut at random places: drawing each anew would take minutes.
+POOL = (1 << 24) + 43
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama",
     "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu",
 }  # fmt: skip
@@ -26,7 +25,7 @@ CONFIG = {
 
 def shapes(n_parameters: float) -> tuple[dict[str, tuple[int, ...]], int, int, int]:
     """Return tensor shapes, layers, width and inner width of a model of about n_parameters."""
-    vocab = 32000
+    vocab = 32000 if n_parameters > 1e7 else 512  # small ones are for trying scripts out
     hidden = 2048 if n_parameters > 3e8 else 1024 if n_parameters > 7e7 else 256
     inner = hidden * 11 // 4
     layer = {
@@ -73,6 +72,7 @@ def make_family(work: Path, n_parameters: float, n_experts: int) -> int:
         "num_hidden_layers": n_layers,
         "hidden_size": hidden,
         "intermediate_size": inner,
+        "vocab_size": names["lm_head.weight"][0],
     }
     folders = [work / "base", *(work / f"expert{m}" for m in range(1, n_experts + 1))]
     if all((f / "config.json").exists() for f in folders):

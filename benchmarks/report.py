@@ -9,12 +9,43 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
+
+Row = dict[str, Any]
+#: A heading and what it says of a row; KeyError where the row has nothing to say.
+Column = tuple[str, Callable[[Row], str]]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """Return a Markdown table; a column that no row has a value for is left out."""
+
+    def cell(say: Callable[[Row], str], row: Row) -> str:
+        try:
+            return say(row)
+        except KeyError:
+            return ""
+
+    cells = [(heading, [cell(say, row) for row in rows]) for heading, say in columns]
+    shown = [(heading, column) for heading, column in cells if any(column)]
+    headings = [heading for heading, _ in shown]
+    body = zip(*(column for _, column in shown), strict=True)
+    lines = [headings, *body]
+    ruled = [f"| {' | '.join(line)} |" for line in lines]
+    return [ruled[0], "|---" * len(shown) + "|", *ruled[1:]]
+
+
+def provenance(data: Row, what: str) -> str:
+    """Return the line above a table: machine, what was measured, versions, date."""
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return f"{data['machine']}; {what}; {versions}; {data['date']}.\n"
 
 
 def methods_table() -> str:
@@ -23,41 +54,127 @@ def methods_table() -> str:
     return method_table()
 
 
-def merge_table() -> str:
-    """Render one row per method: seconds and memory of both programs on the same files, one run."""
-    blocks = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("merge-*.json")):
-        data: dict[str, Any] = json.loads(path.read_text())
-        blocks.append(
-            f"{data['machine']}; {data['parameters'] / 1e6:.0f} M parameters, base and "
-            f"{data['experts']} experts in {data['dtype']}, page cache warm, medians of {data['runs']} runs; "
-            f"fastmerge {data['versions']['fastmerge']}, mergekit {data['versions']['mergekit']}.\n"
-        )
-        blocks.append(
-            "| method | fastmerge | GB/s moved | peak memory | mergekit | peak memory | ratio |"
-        )
-        blocks.append("|---|---|---|---|---|---|---|")
-        for row in data["rows"]:
-            ours, theirs = row["fastmerge"], row["mergekit"]
-            ratio = theirs["seconds"] / ours["seconds"]
-            rate = data["bytes_moved"][row["method"]] / ours["seconds"] / 1e9
-            blocks.append(
-                f"| {row['method']} | {ours['seconds']:.2f} s | {rate:.2f} | {ours['peak_mb']:.0f} MB | "
-                f"{theirs['seconds']:.1f} s | {theirs['peak_mb']:.0f} MB | {ratio:.0f}x |"
-            )
-        blocks.append("")
-    return "\n".join(blocks).rstrip()
+COMPARED = (
+    "\nOutputs are compared on a sample of tensors. Where mergekit computes in bfloat16 its rounding shows; "
+    "methods that drop at random (`dare_ties`, `della`) draw other masks than mergekit."
+)
+
+# ---- one function per kind of result ---------------------------------------------------------------
 
 
-TABLES = {"methods": methods_table, "merge": merge_table}
+def merge_table(data: Row) -> list[str]:
+    """Whole merges from the page cache, ours and mergekit's, on the same files in the same run."""
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("fastmerge", lambda r: f"{r['fastmerge']['seconds']:.2f} s"),
+        ("`--no-fsync`", lambda r: f"{r['fastmerge_no_fsync']['seconds']:.2f} s"),
+        ("copy of as much", lambda r: f"{r['floor_seconds']:.2f} s"),
+        ("GB/s moved", lambda r: f"{r['bytes_moved'] / r['fastmerge']['seconds'] / 1e9:.2f}"),
+        ("peak memory", lambda r: f"{r['fastmerge']['peak_mb']:.0f} MB"),
+        ("mergekit", lambda r: f"{r['mergekit']['seconds']:.1f} s"),
+        ("peak memory", lambda r: f"{r['mergekit']['peak_mb']:.0f} MB"),
+        ("ratio", lambda r: f"{r['ratio']:.1f}x"),
+        ("values that differ", lambda r: f"{r['difference']['share']:.2%}"),
+        ("at most by", lambda r: f"{r['difference']['largest']:.2g}"),
+    ]
+    rows = list(data["rows"])
+    for row in rows:
+        if "mergekit" in row:
+            row["ratio"] = row["mergekit"]["seconds"] / row["fastmerge"]["seconds"]
+    ratios = [row["ratio"] for row in rows if "ratio" in row]
+    if ratios:
+        rows.append({"method": "geometric mean", "ratio": statistics.geometric_mean(ratios)})
+    what = (
+        f"{data['parameters'] / 1e6:.0f} M parameters, base and {data['experts']} experts in "
+        f"{data['dtype']}, page cache warm, medians of {data['runs']} runs (mergekit: 1)"
+    )
+    if "copy_gb_per_s" in data:
+        what += f"; a copy in memory on {data['threads']} threads moves {data['copy_gb_per_s']:.1f} GB/s"
+    compared = any("difference" in row for row in rows)
+    return [provenance(data, what), *table(columns, rows), *([COMPARED] if compared else [])]
+
+
+def cold_table(data: Row) -> list[str]:
+    """Whole merges of files that are not in the page cache, beside direct reads of the same files."""
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("read", lambda r: f"{r['bytes_read'] / 1e9:.2f} GB"),
+        ("written", lambda r: f"{r['bytes_written'] / 1e9:.2f} GB"),
+        ("engine", lambda r: f"{r['engine_seconds']:.2f} s"),
+        ("reads at", lambda r: f"{r['read_gb_per_s']:.2f} GB/s"),
+        ("of the disk", lambda r: f"{r['share_of_disk']:.0%}"),
+        ("whole process", lambda r: f"{r['seconds']:.2f} s"),
+        ("reads at", lambda r: f"{r['read_gb_per_s_of_process']:.2f} GB/s"),
+        ("of the disk", lambda r: f"{r['share_of_disk_of_process']:.0%}"),
+    ]
+    what = (
+        f"{data['parameters'] / 1e6:.0f} M parameters, base and {data['experts']} experts, nothing in the "
+        f"page cache, medians of {data['runs']} runs; direct reads alone reach "
+        f"{data['disk_gb_per_s']:.2f} GB/s"
+    )
+    return ["From the disk:\n", provenance(data, what), *table(columns, data["rows"])]
+
+
+def sweep_table(data: Row) -> list[str]:
+    """Ours alone over sizes and numbers of experts."""
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("parameters", lambda r: f"{r['parameters'] / 1e9:.2f} B"),
+        ("experts", lambda r: str(r["experts"])),
+        ("fastmerge", lambda r: f"{r['seconds']:.2f} s"),
+        ("peak memory", lambda r: f"{r['peak_mb']:.0f} MB"),
+        ("ns per parameter", lambda r: f"{r['ns_per_parameter']:.2f}"),
+        ("ns per byte moved", lambda r: f"{r['ns_per_byte']:.3f}"),
+    ]
+    rows = sorted(data["rows"], key=lambda r: (r["method"], r["parameters"], r["experts"]))
+    what = f"page cache warm, medians of {data['runs']} runs"
+    return ["Over sizes and experts:\n", provenance(data, what), *table(columns, rows)]
+
+
+def ops_table(data: Row) -> list[str]:
+    """Kernels and methods in memory, as `fastmerge bench` prints them; folded, for it is long."""
+    columns: list[Column] = [
+        ("operation, K experts", lambda r: r["name"]),
+        ("bytes/element", lambda r: f"{r['bytes_per_element']:.0f}"),
+        ("ns/element", lambda r: f"{r['ns_per_element']:.3f}"),
+        ("GB/s", lambda r: f"{r['gb_per_s']:.1f}"),
+        ("of a copy", lambda r: f"{r['share_of_copy']:.0%}"),
+    ]
+    what = (
+        f"{data['isa']}, {data['threads']} threads, {data['elements'] / 1e6:.1f} M bf16 elements; "
+        f"a copy on as many threads moves {data['copy_gb_per_s']:.1f} GB/s"
+    )
+    summary = (
+        "<details><summary>In memory, kernel by kernel (<code>fastmerge bench</code>)</summary>\n"
+    )
+    return [summary, provenance(data, what), *table(columns, data["rows"]), "\n</details>"]
+
+
+def results(pattern: str, render: Callable[[Row], list[str]]) -> Callable[[], str]:
+    """Return a renderer of all result files of a pattern; nothing where there are none."""
+
+    def rendered() -> str:
+        files = sorted(RESULTS.glob(pattern))
+        return "\n\n".join("\n".join(render(json.loads(file.read_text()))) for file in files)
+
+    return rendered
+
+
+TABLES = {
+    "methods": methods_table,
+    "merge": results("merge-*.json", merge_table),
+    "cold": results("cold.json", cold_table),
+    "sweep": results("sweep.json", sweep_table),
+    "ops": results("ops.json", ops_table),
+}
 
 
 def render(text: str) -> str:
-    def table(match: re.Match[str]) -> str:
+    def between(match: re.Match[str]) -> str:
         name = match.group(1)
         return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end table -->"
 
-    return MARKER.sub(table, text)
+    return MARKER.sub(between, text)
 
 
 def main() -> None:

@@ -232,6 +232,26 @@ def backends() -> None:
         click.echo(f"{entry.name:<10} {','.join(entry.devices):<6} {state} ({entry.about}{detail})")
 
 
+@main.command("bench")
+@click.option("--elements", default=1 << 23, show_default=True, help="Elements of each operand.")
+@click.option("-j", "--threads", default=0, help="Kernel and copy threads.  [default: all]")
+@click.option("--only", default="", metavar="PARTS",
+              help="Time what has one of these comma-separated parts in its name.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def bench_command(elements: int, threads: int, only: str, as_json: bool) -> None:
+    """Time every kernel and method in memory beside a plain copy, each verified before."""
+    from fastmerge.bench import HEADINGS, Bench, matching
+
+    cases = matching(only)
+    bench = Bench(elements, threads)
+    if as_json:
+        click.echo(json.dumps(bench.as_dict(list(bench.timings(cases))), indent=2))
+        return
+    click.echo(f"{bench.headline()}\n\n{HEADINGS}")
+    for timing in bench.timings(cases):
+        click.echo(timing.text())
+
+
 # ---- words -----------------------------------------------------------------------------------------
 
 

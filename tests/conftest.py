@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# The benchmarks are scripts, not a package. Behind tests/, for both have a families.py.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

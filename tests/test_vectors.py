@@ -16,13 +16,16 @@ import torch
 from vector_claims import Case, claim_of, read_cases, tensor, unclaimed_reason
 from vector_runners import BackendRunner, OracleRunner, Runner
 
+#: The one golden file that holds no vectors; test_instructions.py reads it.
+INSTRUCTIONS = Path(__file__).parent / "golden" / "instructions.json"
 RUNNERS: tuple[Runner, ...] = (OracleRunner(), BackendRunner("reference"), BackendRunner("cpu"))
 
 
 def _items(root: Path) -> list[Any]:
     """Return (case or file, runner or reason) for everything under `root`; a reason of '' fails."""
     items = []
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".json", ".npz")):
+    files = {p for p in root.rglob("*") if p.suffix in (".json", ".npz")} - {INSTRUCTIONS}
+    for path in sorted(files):
         cases = read_cases(path) if path.suffix == ".json" else []
         if not cases:
             reason = unclaimed_reason(path.stem, path.parent.name, "*")
