@@ -152,7 +152,7 @@ inline uint64_t lanes_above(const Words* keys, uint32_t bound) {
     return mask;
 }
 
-// ---- picks: one truth per lane ----------------------------------------------------------------------------
+// ---- picks: one truth per lane -------------------------------------------------------------------------
 
 // Masks have registers of their own in AVX-512, which the compiler's vector extension does not know of: it
 // would make vectors of them and back.
@@ -287,8 +287,7 @@ inline uint64_t halves_below(TwoLongs x, uint32_t threshold) {
 #endif
 }
 
-// ---- doubles: a vector of floats makes two
-// -----------------------------------------------------------------
+// ---- doubles: a vector of floats makes two -------------------------------------------------------------
 
 typedef double Doubles __attribute__((vector_size(WIDE)));
 
@@ -309,8 +308,22 @@ inline TwoDoubles to_doubles(Floats x) {
 #endif
 }
 
-// ---- stores
-// ------------------------------------------------------------------------------------------------
+/// sum + x where picked, else sum: the same as adding +0, as no sum is ever -0.
+inline void add_where(Doubles* sum, Picks p, TwoDoubles x) {
+#if defined(__AVX512F__)
+    sum[0] = Doubles(_mm512_mask_add_pd(__m512d(sum[0]), __mmask8(p), __m512d(sum[0]), __m512d(x.low)));
+    sum[1] = Doubles(_mm512_mask_add_pd(__m512d(sum[1]), __mmask8(p >> 8), __m512d(sum[1]), __m512d(x.high)));
+#else
+    typedef int32_t Part __attribute__((vector_size(WIDE / 2)));
+    typedef int64_t Mask __attribute__((vector_size(WIDE)));
+    Part part[2];
+    memcpy(part, &p, sizeof p);
+    sum[0] += Doubles(Mask(x.low) & __builtin_convertvector(part[0], Mask));
+    sum[1] += Doubles(Mask(x.high) & __builtin_convertvector(part[1], Mask));
+#endif
+}
+
+// ---- stores --------------------------------------------------------------------------------------------
 
 /// As float_to_bf16.
 inline Halves to_bf16(Floats x) {

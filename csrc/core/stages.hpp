@@ -58,7 +58,7 @@ inline void variance_block(const Operands& in, int64_t i, int m, const Real* bas
     for (int j = 0; j < BLOCK; ++j) var[j] = var[j] / Real(K);
 }
 
-// ---- keep ----------------------------------------------------------------------------------------
+// ---- keep ----------------------------------------------------------------------------------------------
 
 template <class Real>
 using Mask = Key<Real>;  // all ones or zero, as wide as Real, so that masks and values share lanes
@@ -188,7 +188,7 @@ inline void zero_dropped(const Mask<Real>* keep, Real* v) {
     for (int j = 0; j < BLOCK; ++j) v[j] = bit_cast<Real>(Key<Real>(bit_cast<Key<Real>>(v[j]) & keep[j]));
 }
 
-// ---- elect and combine ---------------------------------------------------------------------------
+// ---- elect and combine ---------------------------------------------------------------------------------
 
 /// Running sums of both camps of a block: one pass over the experts, one camp is used at the end.
 template <class Real>

@@ -96,7 +96,7 @@ FM_HD inline double canonical(double f) {
         magnitude > 0x7ff0000000000000ull ? (u & 0x8000000000000000ull) | 0x7ff8000000000000ull : u);
 }
 
-// ---- keys: |x| as an unsigned integer, monotone in |x| ---------------------------------------------
+// ---- keys: |x| as an unsigned integer, monotone in |x| -------------------------------------------------
 
 template <class Real>
 struct KeyOf;
@@ -126,7 +126,7 @@ FM_HD inline Key<Real> order_key(Real x) {
     return k < nan ? k : nan;
 }
 
-// ---- loads and stores of a run of elements ---------------------------------------------------------
+// ---- loads and stores of a run of elements -------------------------------------------------------------
 
 template <class Real>
 inline void load_run(const void* p, DType t, int64_t first, int m, Real* out) {

@@ -37,14 +37,13 @@ inline Floats load_view(View x, int64_t i) {
 
 constexpr int VECTORS = BLOCK / LANES;  // of a block
 
-/// Ask for the cache lines that hold one operand's block `PREFETCH` bytes ahead. The processor's own
+/// Ask for the cache lines that hold one operand's block `ahead` elements later. The processor's own
 /// prefetchers lose their way among many streams: without this the kernels wait for memory half of their
 /// time.
 template <DType T>
-inline void prefetch_block(View x, int64_t i) {
-    constexpr int PREFETCH = 2048;
+inline void prefetch_block(View x, int64_t i, int64_t ahead = 1024) {
     const int64_t size = T == MIXED ? itemsize(x.type) : itemsize(T);
-    const char* at = static_cast<const char*>(x.data) + i * size + PREFETCH;
+    const char* at = static_cast<const char*>(x.data) + (i + ahead) * size;
     for (int64_t j = 0; j < BLOCK * size; j += 64) __builtin_prefetch(at + j);
 }
 
@@ -92,7 +91,8 @@ inline void variance_lanes(const Operands& in, int64_t i, const Floats* base, Fl
 
 /// Draws of a block as bits: bit j is set iff element j's draw is below the threshold. `first` is its flat
 /// index.
-__attribute__((always_inline)) inline uint64_t drawn_bits(uint64_t key, int64_t first, uint32_t threshold) {
+__attribute__((always_inline)) inline uint64_t drawn_bits(const PhiloxKeys& key, int64_t first,
+                                                          uint32_t threshold) {
     constexpr int N = WIDE / 8;
     uint64_t bits = 0;
     for (int b = 0; b < 8; b += N) {
@@ -115,8 +115,7 @@ inline bool any_nonfinite(const Operands& in, int64_t a, int64_t b) {
     return false;
 }
 
-// ---- what is kept
-// --------------------------------------------------------------------------------------------
+// ---- what is kept --------------------------------------------------------------------------------------
 
 constexpr int MAX_COMMON = 64;  // experts: bounds what lies on the stack
 
@@ -127,7 +126,7 @@ struct CommonExpert {
     const double* remove;
     const int64_t *trim_tie, *remove_tie;
     const uint64_t* decided;  // a bit each, or null
-    uint64_t key;
+    PhiloxKeys key;
     uint32_t threshold;  // of 16-bit draws; 65536 draws nothing and keeps all, 0 nothing
     float coefficient, weight, inverse;
 };
@@ -151,10 +150,10 @@ inline bool common_experts(const Keep& keep, const Operands& in, const Ranks& ra
         e.remove = of(keep.remove.value, keep.remove), e.remove_tie = of(keep.remove.last_tie, keep.remove);
         e.decided = ranks.kept ? ranks.kept + int64_t(k) * ranks.stride : nullptr;
         e.threshold = 65536;
-        if (keep.drop == DropKind::Uniform) {
+        if (keep.drop == DropKind::Uniform && !ranks.kept) {
             const DrawRule rule(keep.p_low[k]);
             if (rule.wide) return false;
-            e.key = keep.key[k], e.inverse = float(rule.inverse(false));
+            e.key = PhiloxKeys(keep.key[k]), e.inverse = float(rule.inverse(false));
             e.threshold = rule.always ? 65536 : rule.never ? 0 : uint32_t(rule.threshold);
         }
     }

@@ -77,6 +77,11 @@ struct KernelTable {
     void (*rank_unit)(const Operands&, int k, bool f64, int64_t a, int64_t m, uint32_t* rank);
     /// Whether `rank_row` can do what a ranked drop asks.
     bool (*ranks_rows)(const Keep&, const Operands&, bool f64);
+    /// Whether `draw` can do what a uniform drop asks.
+    bool (*draws)(const Keep&, const Operands&, bool f64);
+    /// Decide the uniform drop of n elements of expert k from flat index `first`, a multiple of 64, a bit
+    /// each.
+    void (*draw)(const Keep&, int k, int64_t first, int64_t n, uint64_t* kept);
     /// Decide the ranked drop of the row that begins at `a`: bit j is set iff its draw is below
     /// threshold[rank of element j]. threshold: [cols], ascending; scratch: RANK_SCRATCH(cols) words.
     void (*rank_row)(const Operands&, int k, int64_t a, const uint32_t* threshold, uint64_t key,

@@ -487,6 +487,19 @@ bool ranks_rows(const Keep& keep, const Operands& in, bool f64) {
     return keep.drop_axis == Axis::Row && !keep.by_value && !keep.rescale && !keep.given &&
            in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && is_single(in, f64);
 }
+bool draws(const Keep& keep, const Operands& in, bool f64) {
+    bool wide = keep.rescale || keep.given || in.start % BLOCK != 0 || !is_single(in, f64);
+    for (int k = 0; k < in.n_experts; ++k) wide |= DrawRule(keep.p_low[k]).wide;
+    return !wide;
+}
+void draw(const Keep& keep, int k, int64_t first, int64_t n, uint64_t* kept) {
+    const DrawRule rule(keep.p_low[k]);
+    const PhiloxKeys keys(keep.key[k]);
+    for (int64_t i = 0; i < n; i += BLOCK)
+        kept[i / BLOCK] = rule.always  ? ~uint64_t(0)
+                          : rule.never ? 0
+                                       : drawn_bits(keys, first + i, uint32_t(rule.threshold));
+}
 void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, uint64_t key,
               uint32_t* scratch, uint64_t* kept) {
     FM_BY_TYPE(in, rank_row_common, in, k, a, threshold, key, scratch, kept);
@@ -499,9 +512,9 @@ void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, u
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {FM_TEXT(FM_ISA), walk,         keep_mask, moments,    gram,
-                           gram_columns,    sign_balance, keys,      histogram,  bracket,
-                           count_equal,     find_equal,   rank_unit, ranks_rows, rank_row};
+const KernelTable table = {FM_TEXT(FM_ISA), walk,       keep_mask, moments, gram,        gram_columns,
+                           sign_balance,    keys,       histogram, bracket, count_equal, find_equal,
+                           rank_unit,       ranks_rows, draws,     draw,    rank_row};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

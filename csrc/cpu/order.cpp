@@ -110,7 +110,7 @@ class SampleBins {
 
 }  // namespace
 
-// ---- order statistics ------------------------------------------------------------------------------
+// ---- order statistics ----------------------------------------------------------------------------------
 
 OrderSweep::OrderSweep(OrderRequest request) : request_(std::move(request)) {
     const OrderRequest& q = request_;

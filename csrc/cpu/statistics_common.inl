@@ -1,6 +1,6 @@
 // The statistics' fast paths.
 
-// ---- brackets ----------------------------------------------------------------------------------------
+// ---- brackets ------------------------------------------------------------------------------------------
 
 /// Compare a block's keys with one bracket; `position` is the block's first element's in its span.
 inline void bracket_block(const Words* keys, const Bracket& bracket, bool nonzero, int64_t position,
@@ -53,8 +53,9 @@ void bracket_common(const Operands& in, bool variance, bool nonzero, int n_ranks
     bracket_range<float>(in, variance, nonzero, n_ranks, i, b, brackets, counts, a);
 }
 
-// ---- moments
-// -------------------------------------------------------------------------------------------------
+constexpr int RUN = 64;  // blocks that a sum is taken over before its lanes go back to memory: a segment
+
+// ---- moments -------------------------------------------------------------------------------------------
 
 /// One expert's moment over whole blocks of a run, a vector of each block at a time, with its sums in
 /// registers.
@@ -66,22 +67,27 @@ inline void moment_of_expert(const CommonExpert& e, const Operands& in, int64_t 
         constexpr int HALF = LANES / 2;
         Doubles sums[4] = {read<Doubles>(at), read<Doubles>(at + HALF), read<Doubles>(at + BLOCK),
                            read<Doubles>(at + BLOCK + HALF)};
-        const auto add = [&](Floats x, Doubles* sum) {
-            const TwoDoubles y = to_doubles(x);
-            if (OF == Moment::Abs)
-                sum[0] += y.low, sum[1] += y.high;
-            else if (OF == Moment::Square)
-                sum[0] += y.low * y.low, sum[1] += y.high * y.high;
-            else  // NaN is largest, and stays: nothing compares above it
-                sum[0] = (y.low > sum[0]) | (y.low != y.low) ? y.low : sum[0],
-                sum[1] = (y.high > sum[1]) | (y.high != y.high) ? y.high : sum[1];
-        };
+        const auto raise = [](Doubles& most, Doubles x) { most = (x > most) | (x != x) ? x : most; };
         for (int block = 0; block < n_blocks; ++block) {
             const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
+            if (v == 0) {
+                prefetch_block<T>(e.x, i, RUN * BLOCK);
+                if (in.base) prefetch_block<T>(base_of(in), i, RUN * BLOCK);
+            }
             const Floats x = load_view<T>(e.x, i);
-            const Words key = Words(in.base ? x - load_view<T>(base_of(in), i) : x) & 0x7fffffffu;
-            add(Floats(key), sums);
-            if (!plain) add(only(kept_lanes(keep[block], order_keys(Floats(key)), v), Floats(key)), sums + 2);
+            const Floats size = Floats(Words(in.base ? x - load_view<T>(base_of(in), i) : x) & 0x7fffffffu);
+            const Picks kept = plain ? Picks{} : kept_lanes(keep[block], order_keys(size), v);
+            TwoDoubles y = to_doubles(size);
+            if (OF == Moment::Max) {  // NaN is largest, and stays: nothing compares above it
+                raise(sums[0], y.low), raise(sums[1], y.high);
+                if (plain) continue;
+                y = to_doubles(only(kept, size));
+                raise(sums[2], y.low), raise(sums[3], y.high);
+                continue;
+            }
+            if (OF == Moment::Square) y = {y.low * y.low, y.high * y.high};
+            sums[0] += y.low, sums[1] += y.high;
+            if (!plain) add_where(sums + 2, kept, y);
         }
         memcpy(at, sums, sizeof(Doubles) * 2);
         memcpy(at + BLOCK, plain ? sums : sums + 2, sizeof(Doubles) * 2);
@@ -92,7 +98,7 @@ template <DType T>
 void moments_common(Moment of, const Keep& keep, const Operands& in, const Ranks& ranks,
                     const CommonExpert* experts, int64_t a, int64_t b, double* lanes) {
     const bool plain = !keep.any();
-    constexpr int RUN = 64;  // blocks: a segment
+
     const int64_t head = std::min(b, a + (BLOCK - (in.start + a) % BLOCK) % BLOCK);
     if (a < head) moments_range<float>(of, keep, in, ranks, a, head, lanes);
     for (int64_t i = head; i < b;) {
@@ -130,8 +136,7 @@ void moments_common(Moment of, const Keep& keep, const Operands& in, const Ranks
     }
 }
 
-// ---- inner products
-// ------------------------------------------------------------------------------------------
+// ---- inner products ------------------------------------------------------------------------------------
 
 /// Products of expert j with experts k0 .. k0 + N - 1 over whole blocks; sums: [N][BLOCK].
 template <DType T, int N>
@@ -144,6 +149,10 @@ inline void gram_of(const Operands& in, int j, int k0, int64_t a, int n_blocks, 
             low[n] = read<Doubles>(at + n * BLOCK), high[n] = read<Doubles>(at + n * BLOCK + HALF);
         for (int block = 0; block < n_blocks; ++block) {
             const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
+            if (v == 0 && j == 0) {  // of all experts: the next run's, while this one is worked on
+                for (int n = 0; n < N; ++n) prefetch_block<T>(expert_of(in, k0 + n), i, RUN * BLOCK);
+                if (in.base && k0 == 0) prefetch_block<T>(base_of(in), i, RUN * BLOCK);
+            }
             const Floats base = in.base ? load_view<T>(base_of(in), i) : Floats{};
             const TwoDoubles x = to_doubles(load_view<T>(expert_of(in, j), i) - base);
             for (int n = 0; n < N; ++n) {
@@ -158,16 +167,48 @@ inline void gram_of(const Operands& in, int j, int k0, int64_t a, int n_blocks, 
     }
 }
 
+/// All products of K experts at once, each delta widened once; sums: [pairs][BLOCK].
+template <DType T, int K>
+inline void gram_all(const Operands& in, int64_t a, int n_blocks, double* sums) {
+    constexpr int PAIRS = K * (K + 1) / 2, HALF = LANES / 2;
+    for (int v = 0; v < VECTORS; ++v) {
+        double* at = sums + v * LANES;
+        Doubles low[PAIRS], high[PAIRS];
+        for (int p = 0; p < PAIRS; ++p)
+            low[p] = read<Doubles>(at + p * BLOCK), high[p] = read<Doubles>(at + p * BLOCK + HALF);
+        for (int block = 0; block < n_blocks; ++block) {
+            const int64_t i = a + int64_t(block) * BLOCK + v * LANES;
+            if (v == 0) {
+                for (int k = 0; k < K; ++k) prefetch_block<T>(expert_of(in, k), i, RUN * BLOCK);
+                if (in.base) prefetch_block<T>(base_of(in), i, RUN * BLOCK);
+            }
+            const Floats base = in.base ? load_view<T>(base_of(in), i) : Floats{};
+            TwoDoubles d[K];
+            for (int k = 0; k < K; ++k) d[k] = to_doubles(load_view<T>(expert_of(in, k), i) - base);
+            for (int j = 0, p = 0; j < K; ++j)
+                for (int k = j; k < K; ++k, ++p)
+                    low[p] += d[j].low * d[k].low, high[p] += d[j].high * d[k].high;
+        }
+        for (int p = 0; p < PAIRS; ++p)
+            memcpy(at + p * BLOCK, &low[p], sizeof low[p]),
+                memcpy(at + p * BLOCK + HALF, &high[p], sizeof high[p]);
+    }
+}
+
 template <DType T>
 void gram_common(const Operands& in, int64_t a, int64_t b, int64_t position, double* lanes) {
-    constexpr int RUN = 64;
     const int64_t head = std::min(b, a + (BLOCK - (position + a) % BLOCK) % BLOCK);
     if (a < head) gram_range<float>(in, a, head, position, lanes);
     for (int64_t i = head; i < b;) {
         const int n_blocks = int(std::min<int64_t>(RUN, (b - i) / BLOCK));
         if (n_blocks == 0) return gram_range<float>(in, i, b, position, lanes);
         double* sums = lanes;
-        for (int j = 0; j < in.n_experts; ++j)
+        const int K = in.n_experts;
+        if (K == 1) gram_all<T, 1>(in, i, n_blocks, sums);
+        if (K == 2) gram_all<T, 2>(in, i, n_blocks, sums);
+        if (K == 3) gram_all<T, 3>(in, i, n_blocks, sums);
+        if (K == 4) gram_all<T, 4>(in, i, n_blocks, sums);
+        for (int j = 0; j < K && K > 4; ++j)
             for (int k = j; k < in.n_experts;) {
                 const int left = in.n_experts - k;
                 const int n = left >= 4 ? 4 : left;
@@ -185,8 +226,7 @@ void gram_common(const Operands& in, int64_t a, int64_t b, int64_t position, dou
     }
 }
 
-// ---- ranked drops
-// --------------------------------------------------------------------------------------------
+// ---- ranked drops --------------------------------------------------------------------------------------
 
 /// Ranks of single elements, asked for in ascending order of index. Whoever shares a bin with many has many
 /// equals: what was counted for one serves the next.

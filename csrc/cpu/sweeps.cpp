@@ -46,7 +46,13 @@ std::vector<double> CounterTree::total() const {
 }
 
 RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need, Decided* known) {
-    if (keep.drop != DropKind::Ranked || in.n == 0) return;
+    if (in.n == 0) return;
+    if (keep.drop == DropKind::Uniform && known && kernels().draws(keep, in, f64)) {
+        view.stride = known->stride(), view.kept = known->at(in.start);
+        if (in.start + in.n > known->n_known) draw(keep, in, known->at(in.start));
+        known->n_known = std::max(known->n_known, in.start + in.n);
+    }
+    if (keep.drop != DropKind::Ranked) return;
     if (need == Kept && kernels().ranks_rows(keep, in, f64)) {
         uint64_t* kept = nullptr;
         if (known) {
@@ -90,6 +96,13 @@ RankData::RankData(const Keep& keep, const Operands& in, bool f64, Need need, De
         kernels().rank_unit(in, k, f64, a, unit, rank_.data() + size_t(k) * in.n + a);
     });
     view.rank = rank_.data();
+}
+
+void RankData::draw(const Keep& keep, const Operands& in, uint64_t* kept) {
+    parallel_spans(in.n, [&](int64_t a, int64_t b) {
+        for (int k = 0; k < in.n_experts; ++k)
+            kernels().draw(keep, k, in.start + a, b - a, kept + k * view.stride + a / 64);
+    });
 }
 
 /// Decide the ranked drop row by row; what is kept takes a bit of an element.
@@ -170,7 +183,7 @@ int64_t run_sign_balance(const WalkPlan& plan, const Operands& in, bool f64) {
     return balance;
 }
 
-// ---- sums --------------------------------------------------------------------------------------------
+// ---- sums ----------------------------------------------------------------------------------------------
 
 namespace {
 

@@ -23,7 +23,7 @@ class CounterTree {
     std::vector<bool> full_;
 };
 
-/// What a ranked drop leaves of one whole tensor, a bit each: decided for a statistic, read by the walk.
+/// What a drop leaves of one whole tensor, a bit each: decided for a statistic, read by the walk.
 class Decided {
   public:
     Decided(int n_experts, int64_t n) : words_((n + 63) / 64), bits_(size_t(n_experts) * size_t(words_)) {}
@@ -46,6 +46,7 @@ class RankData {
     Ranks view;
 
   private:
+    void draw(const Keep& keep, const Operands& in, uint64_t* kept);
     void decide_rows(const Keep& keep, const Operands& in, uint64_t* kept);
     std::vector<uint64_t> kept_;
     std::vector<uint32_t> rank_;

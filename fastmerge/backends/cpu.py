@@ -43,7 +43,7 @@ else:
             f"this machine has: {_cpu.available_isas()}"
         )
 
-#: Elements of a tensor up to which a ranked drop's decisions are kept for the walk, an eighth of a byte each.
+#: Elements of a tensor up to which a drop's decisions are kept for the walk, an eighth of a byte each.
 MOST_DECIDED = 1 << 27
 
 _MOMENTS = {"abs": 0, "square": 1, "max": 2}
@@ -222,8 +222,8 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._lowered: tuple[Walk, _cpu.Walk, Sequence[Any]] | None = None
-        # The ranked drop that a statistic last went by, and what it left: its walk need not rank again.
-        self._ranked: tuple[RankedDrop, _cpu.Decided] | None = None
+        # The drop that a statistic last went by, and what it left: its walk need not draw and rank again.
+        self._decided: tuple[Drop | RankedDrop, _cpu.Decided] | None = None
 
     def sweep(
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
@@ -239,11 +239,11 @@ class CpuKernels:
         return _SignBalance(statistic)
 
     def _decide(self, keep: Keep, n: int, n_experts: int) -> _cpu.Decided | None:
-        self._ranked = None
-        if not isinstance(keep.drop, RankedDrop) or n > MOST_DECIDED:
+        self._decided = None
+        if keep.drop is None or n > MOST_DECIDED:
             return None
-        self._ranked = (keep.drop, _cpu.Decided(n_experts, n))
-        return self._ranked[1]
+        self._decided = (keep.drop, _cpu.Decided(n_experts, n))
+        return self._decided[1]
 
     def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
         if chunk.n == 0:
@@ -252,8 +252,8 @@ class CpuKernels:
         if self._lowered is None or self._lowered[0] is not walk:
             self._lowered = (walk, *_lower(walk))
         known = None
-        if self._ranked is not None and self._ranked[0] is walk.keep.drop:
-            known = self._ranked[1]
+        if self._decided is not None and self._decided[0] is walk.keep.drop:
+            known = self._decided[1]
         return _cpu.walk(
             self._lowered[1],
             _operands(chunk, walk.add_base),
