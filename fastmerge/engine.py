@@ -128,6 +128,8 @@ class Engine:
         for item, operands in self._sweep(self._skipping(work_items(self.plan, jobs))):
             for piece, held in zip(item.pieces, operands, strict=True):
                 self._merge(piece, held)
+        if self.plan.streamed:
+            self.reader.resize(self.plan.stream_bytes)
         for job in jobs:
             if job.name in self.plan.streamed and self._left(job):
                 self._merge_streamed(job)

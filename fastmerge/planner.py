@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from fastmerge.backends import MOST_DECIDED
 from fastmerge.checkpoint import (
     Checkpoint,
     Layout,
@@ -23,9 +24,11 @@ from fastmerge.checkpoint import (
 )
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError, RecipeError
+from fastmerge.evaluate import CHUNK_ELEMENTS
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
 from fastmerge.ring import BLOCK, READ_AHEAD, room
+from fastmerge.stages import Axis, Moments, OrderStatistic, RankedDrop
 
 MIB = 1 << 20
 
@@ -39,6 +42,9 @@ RESULT_BYTES = 4 * MIB
 
 #: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 50 MiB).
 PROCESS_BYTES = 56 * MIB
+
+#: What an operand takes beside its bytes: a mapped file comes in pages of up to two MiB.
+EDGE_BYTES = MIB
 
 #: Names under which an output head may be tied to an embedding, nearest first.
 HEAD = "lm_head.weight"
@@ -161,9 +167,10 @@ class Plan:
     layout: Layout | None
     seed: int
     max_memory: int
-    operand_bytes: int = 0  # of memory, for operands
+    operand_bytes: int = 0  # of memory for operands, while tensors are held whole
+    stream_bytes: int = 0  # the same while those that are too large are streamed
     result_bytes: int = 0
-    scratch_bytes: int = 0
+    working_bytes: int = 0  # the most that operands and kernels take together
     n_model: int = 0
     allow_missing: bool = False
     streamed: frozenset[str] = field(default_factory=frozenset)
@@ -187,7 +194,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        return PROCESS_BYTES + self.operand_bytes + self.result_bytes + self.scratch_bytes
+        most = max((len(j.operands) for j in self.jobs), default=0)
+        return PROCESS_BYTES + self.result_bytes + self.working_bytes + most * EDGE_BYTES
 
     def extra_passes(self, job: TensorJob) -> int:
         """Reads of a job's operands before its walk, as planned: a rank cut takes two (a bracket that
@@ -443,44 +451,66 @@ def default_memory() -> int:
     return max(512 * MIB, int(available * 0.4))
 
 
-def _scratch(jobs: Sequence[TensorJob]) -> int:
-    """Bound the kernels' own memory: keys or candidates of rank cuts, ranks of a chunk.
+def _scratch(plan: Plan, job: TensorJob) -> int:
+    """Bound the kernels' own memory for one job, by the statistic that its recipe asks for first.
 
-    A cut of n elements samples s = n / 256 keys (at most 2^20) and keeps the elements of its bracket, at most
-    4 / sqrt(s) of them, 10 bytes each: once per task and, while a list grows, twice more
-    (csrc/cpu/order.cpp).
+    A rank cut of n elements samples s of them and keeps what lies in its bracket, about 4 / sqrt(s) of all,
+    more where neighbours are alike, 10 bytes each (csrc/cpu/order.cpp). Drops keep a bit of each element for
+    the walk, or rank a chunk (csrc/cpu/sweeps.hpp).
     """
-    jobs = [j for j in jobs if j.scope is not Scope.ELEMENT]
-    if not jobs:
+    if job.action is not Action.MERGE or job.scope is Scope.ELEMENT:
         return 0
-    most = max(len(j.experts) for j in jobs)
-    n = max(j.n for j in jobs)
-    sample = min(max(n // 256, 8192), 1 << 20)
-    candidates = int(30 * n * 4 / sample**0.5) + 8 * sample + (os.cpu_count() or 1) * 10 * (1 << 15)
-    ranks = 4 * min(1 << 22, n)
-    return most * (max(candidates, 8 << 17) + ranks)
+    assert job.params is not None
+    recipe = plan.spec.recipe(job.params, job.context(plan.seed, plan.n_model))
+    request = next(recipe, None)
+    recipe.close()
+    experts = len(job.experts)
+    n = plan.n_model if job.scope is Scope.MODEL else job.n
+    if isinstance(request, OrderStatistic) and request.scope != "row":
+        n_cuts = 1 if request.of == "variance" else sum(max(1, len(r)) for r in request.ranks)
+        sample = 16 * min(max(n // 1024, 1024), 1 << 17)
+        held = int(10 * n * 4 * (2 / sample) ** 0.5)
+        span = 10 * (1 << 15) * (os.cpu_count() or 1)
+        return n_cuts * (min(held, 10 * n) + span) + experts * 10 * sample
+    drop = request.keep.drop if isinstance(request, Moments) else None
+    if isinstance(drop, RankedDrop) and (drop.axis is not Axis.ROW or job.cols % 64):
+        ranked = n if drop.axis is not Axis.ROW else min(n, CHUNK_ELEMENTS)
+        return ranked * (4 * experts + 16 * (os.cpu_count() or 1))
+    return experts * n // 8 if drop is not None and n <= MOST_DECIDED else 0
 
 
 def _fit_memory(plan: Plan) -> None:
     """Choose the rings' sizes and which tensors are too large to be held whole."""
     if not plan.jobs:
         return
-    plan.scratch_bytes = _scratch(plan.jobs)
     results = max((p.bytes_out + 2 * BLOCK for j in plan.jobs for p in results_of(j)), default=0)
     plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
-    fixed = PROCESS_BYTES + plan.scratch_bytes + plan.result_bytes
-    available = plan.max_memory - fixed
+    most = max(len(j.operands) for j in plan.jobs)
+    budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES
+    scratch = {j.name: _scratch(plan, j) for j in plan.jobs}
     whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole}
-    held = [whole[j.name] for j in plan.jobs if j.is_whole and j.scope is Scope.WHOLE]
-    least = max([2 * ITEM_BYTES, *held])
-    if available < least:
+    streamed = {name for name, size in whole.items() if size + scratch[name] > budget}
+    plan.streamed = frozenset(streamed)
+    held_scratch = max((n for name, n in scratch.items() if name not in streamed), default=0)
+    largest = max((i.memory for i in work_items(plan, plan.jobs)), default=0)
+    ahead = READ_AHEAD * ITEM_BYTES
+    plan.operand_bytes = max(largest, min(budget - held_scratch, largest + ahead))
+    working = plan.operand_bytes + held_scratch
+    if streamed:
+        pieces = (next(split(j)) for j in plan.jobs if j.name in streamed)
+        item = max(WorkItem((piece,)).memory for piece in pieces)
+        stream_scratch = max(scratch[name] for name in streamed)
+        room_left = min(budget - stream_scratch, (READ_AHEAD + 2) * item)
+        plan.stream_bytes = max(2 * item, room_left)
+        working = max(working, plan.stream_bytes + stream_scratch)
+    plan.working_bytes = working
+    too_large = [j.name for j in plan.jobs if j.scope is Scope.WHOLE and j.name in streamed]
+    needed = max([plan.working_bytes, *(whole[n] + scratch[n] for n in too_large)])
+    if needed > budget:
         raise RecipeError(
             f"max-memory of {plan.max_memory // MIB} MiB is too little for this merge; "
-            f"give at least {-(-(fixed + least) // MIB)} MiB"
+            f"give at least {-(-(plan.max_memory - budget + needed) // MIB)} MiB"
         )
-    plan.streamed = frozenset(name for name, size in whole.items() if size > available)
-    largest = max((i.memory for i in work_items(plan, plan.jobs)), default=0)
-    plan.operand_bytes = min(available, largest + READ_AHEAD * ITEM_BYTES)
 
 
 def results_of(job: TensorJob) -> Iterator[Piece]:

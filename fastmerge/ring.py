@@ -105,6 +105,10 @@ class Reader:
         n_threads = MAPPING_THREADS if sources.mapped else READING_THREADS
         self._transfers = _cpu.Transfers(False, n_threads)
 
+    def resize(self, capacity: int) -> None:
+        """Give the memory back and take `capacity` bytes anew; between sweeps."""
+        self._ring = Bytes(capacity)
+
     def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
         """Yield (item, address of each of its runs) in order, the bytes in memory.
 

@@ -115,7 +115,7 @@ class Sources:
     def release(self, source: Source, offset: int, n: int, address: int) -> None:
         """Tell the kernel that bytes [offset, offset + n), merged at `address`, are done with."""
         if source.mapping is not None:
-            _cpu.depopulate(address, n)
+            source.mapping.release(address, n)
         if source.drop_behind and source.direct_fd < 0:
             os.posix_fadvise(source.fd, offset, n, os.POSIX_FADV_DONTNEED)
 

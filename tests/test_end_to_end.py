@@ -129,9 +129,13 @@ def test_a_tensor_too_large_for_memory_is_streamed(method: str, tmp_path: Path) 
     families.write_family(tmp_path, {"w": (4000, 2500)}, torch.bfloat16)
     text = families.recipe(method)
     want = merged(tmp_path, text, tmp_path / "whole")
-    plan = fastmerge.plan(tmp_path / "recipe.yaml", max_memory="185MB")
+    little = (
+        "320MB" if method == "della" else "150MB"
+    )  # ranks of rows of 2500 take memory of their own
+    plan = fastmerge.plan(tmp_path / "recipe.yaml", max_memory=little)
     assert plan.streamed
-    assert merged(tmp_path, text, tmp_path / "streamed", max_memory="185MB") == want
+    for io in ("mmap", "direct"):
+        assert merged(tmp_path, text, tmp_path / io, max_memory=little, io=io) == want
     with pytest.raises(RecipeError, match="max-memory of 95 MiB is too little"):
         fastmerge.plan(tmp_path / "recipe.yaml", max_memory="100MB")
 

@@ -262,8 +262,8 @@ PYBIND11_MODULE(_cpu, m) {
     });
     py::class_<Mapping>(m, "Mapping")
         .def(py::init<int, int64_t>())
-        .def_property_readonly("address", &Mapping::address);
-    m.def("depopulate", &depopulate, py::call_guard<nogil>());
+        .def_property_readonly("address", &Mapping::address)
+        .def("release", &Mapping::release, py::call_guard<nogil>());
     m.def("lost_pages", &lost_pages);
     py::class_<Transfers>(m, "Transfers")
         .def(py::init<bool, int>())

@@ -122,7 +122,7 @@ OrderSweep::OrderSweep(OrderRequest request) : request_(std::move(request)) {
     mode_ = q.by_row ? Mode::Rows : q.n <= COLLECT_BELOW ? Mode::Collect : Mode::Sample;
     if (mode_ == Mode::Collect) collected_.assign(q.n_keys, std::vector<uint64_t>(q.n));
     if (mode_ == Mode::Sample) {
-        n_runs_ = std::clamp<int64_t>(q.n / 1024, 1024, int64_t(1) << 15);
+        n_runs_ = std::clamp<int64_t>(q.n / 1024, 1024, int64_t(1) << 17);
         collected_.resize(q.n_keys);
         brackets_.resize(size_t(q.n_keys) * n_ranks_), totals_.resize(brackets_.size());
         if (q.fraction < 0)

@@ -102,9 +102,13 @@ int populate(uintptr_t address, int64_t n) {
     return 0;
 }
 
-void depopulate(uintptr_t address, int64_t n) {
-    const uintptr_t a = address & ~(PAGE - 1), b = (address + uintptr_t(n) + PAGE - 1) & ~(PAGE - 1);
-    if (n > 0) madvise(reinterpret_cast<void*>(a), b - a, MADV_DONTNEED);
+void Mapping::release(uintptr_t begin, int64_t n) const {
+    // A fault maps up to a huge page, what lies before it included: from its beginning, or that would stay.
+    constexpr uintptr_t HUGE = uintptr_t(2) << 20;
+    const uintptr_t a = std::max(address(), begin & ~(HUGE - 1));
+    const uintptr_t b = (begin + uintptr_t(n) + PAGE - 1) & ~(PAGE - 1);
+    if (begin >= address() && begin + uintptr_t(n) <= address() + uintptr_t(size_) && a < b)
+        madvise(reinterpret_cast<void*>(a), b - a, MADV_DONTNEED);
 }
 
 int64_t lost_pages() {

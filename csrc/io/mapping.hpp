@@ -16,6 +16,8 @@ class Mapping {
 
     uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_); }
     int64_t size() const { return size_; }
+    /// Take the pages of [begin, begin + n) out of the process again; the page cache keeps them.
+    void release(uintptr_t begin, int64_t n) const;
 
   private:
     void* memory_;
@@ -25,9 +27,6 @@ class Mapping {
 /// Bring the pages of [address, address + n) in, so that no compute thread faults. 0 or an errno; EFAULT: the
 /// file has no such pages any more, or they cannot be read.
 int populate(uintptr_t address, int64_t n);
-/// Take the pages of [address, address + n) out of the process again; the page cache keeps them.
-void depopulate(uintptr_t address, int64_t n);
-
 /// Pages that were gone when touched, in all mappings since the process started.
 int64_t lost_pages();
 

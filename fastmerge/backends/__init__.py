@@ -22,6 +22,9 @@ from fastmerge.stages import (
     Walk,
 )
 
+#: Elements of a tensor up to which a drop's decisions may be kept for the walk, an eighth of a byte each.
+MOST_DECIDED = 1 << 27
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -94,6 +97,7 @@ class Kernels(Protocol):
 
 
 __all__ = [
+    "MOST_DECIDED",
     "Buffer",
     "Chunk",
     "Cut",

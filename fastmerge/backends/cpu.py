@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.backends import Buffer, Chunk, Sweep
+from fastmerge.backends import MOST_DECIDED, Buffer, Chunk, Sweep
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
@@ -42,9 +42,6 @@ else:
             f"FASTMERGE_CPU_ISA={_level!r} is not available here; "
             f"this machine has: {_cpu.available_isas()}"
         )
-
-#: Elements of a tensor up to which a drop's decisions are kept for the walk, an eighth of a byte each.
-MOST_DECIDED = 1 << 27
 
 _MOMENTS = {"abs": 0, "square": 1, "max": 2}
 _VOTES = {"mass": 1, "delta": 2, "count": 3, "normmass": 4, "normfrac": 5}
