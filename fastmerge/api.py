@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
 from fastmerge.sources import Io
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
+from fastmerge.stopwatch import Stage, Stopwatch
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -116,6 +118,8 @@ def merge(
     """
     _check_nan_policy(nan_policy)
     how = _io(io)
+    watch = Stopwatch()
+    started = time.perf_counter()
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -125,6 +129,7 @@ def merge(
         seed=seed,
     )
     decided.raise_conflicts()
+    watch.add("planning", time.perf_counter() - started)
     kernels = ops.choose("cpu", backend)
     from fastmerge import _cpu
 
@@ -157,9 +162,14 @@ def merge(
         )
         report = engine.run()
         report.resumed = folder.resumed
-        texts, copies = _companions(decided, folder, Path(out), copy_tokenizer, write_model_card)
-        texts[MANIFEST] = manifest(decided, bound, folder)
-        folder.commit(texts, copies)
+        with watch.time("finishing"):
+            texts, copies = _companions(
+                decided, folder, Path(out), copy_tokenizer, write_model_card
+            )
+            texts[MANIFEST] = manifest(decided, bound, folder)
+            folder.commit(texts, copies)
+    first, last = (Stage(name, watch.seconds[name]) for name in ("planning", "finishing"))
+    report.stages = [first, *report.stages, last]
     report.warnings = decided.warnings + report.warnings
     return report
 

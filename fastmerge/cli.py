@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fastmerge.errors import MergeError
+
+# NumPy's linear algebra starts a thread per core when it is imported; nothing here asks it for any.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from fastmerge.engine import Report
@@ -95,9 +99,10 @@ def _accept_no_ops(function: F) -> F:
     help="How bytes move: mapped or past the page cache, or through it.",
 )
 @click.option("--fsync/--no-fsync", default=True, help="Wait for the disk before finishing.")
+@click.option("--profile", is_flag=True, help="Print where the time went.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_accept_no_ops
-def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> None:
+def merge(config: str, out: str, device: str, quiet: bool, profile: bool, **options: Any) -> None:
     """Merge the models that CONFIG (a mergekit YAML file) names into the folder OUT."""
     from fastmerge import api
 
@@ -138,6 +143,10 @@ def merge(config: str, out: str, device: str, quiet: bool, **options: Any) -> No
             if warning not in shown:  # those of the plan stand above
                 click.echo(f"warning: {warning}", err=True)
         click.echo(_summary(report, out), err=True)
+    if profile:
+        from fastmerge.stopwatch import table
+
+        click.echo(table(report.stages), err=True)
 
 
 @main.command()

@@ -42,9 +42,10 @@ from fastmerge.planner import (
     work_items,
 )
 from fastmerge.registry import Scope
-from fastmerge.ring import Place, Reader, Run, Writer
+from fastmerge.ring import WRITING_THREADS, Place, Reader, Run, Writer
 from fastmerge.sources import Io, Sources
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
+from fastmerge.stopwatch import Stage, Stopwatch
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]
@@ -55,6 +56,7 @@ class Report:
     """What a finished merge did. seconds is wall time of the engine; warnings are for the user.
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
+    io: how the inputs were read; stages: where the time went, see `stopwatch.table`.
     """
 
     n_tensors: int = 0
@@ -64,6 +66,8 @@ class Report:
     resumed: bool = False
     seconds: float = 0.0
     backend: str = ""
+    io: str = ""
+    stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -99,6 +103,7 @@ class Engine:
         self.chunk_elements = chunk_elements
         self.progress = progress
         self.report = Report(backend=kernels.name)
+        self.watch = Stopwatch()
         self.walks: dict[str, Walk | Copy] = {}
         self._passed = 0  # bytes that need no reading
         self.places = plan.layout.places() if plan.layout else {}
@@ -118,7 +123,25 @@ class Engine:
             checkpoint.check_unchanged()
         self.report.n_tensors = len(self.plan.jobs)
         self.report.seconds = time.perf_counter() - start
+        self.report.io = self.reader.sources.io.value
+        self.report.stages = self._stages()
         return self.report
+
+    def _stages(self) -> list[Stage]:
+        report, reader, writer = self.report, self.reader, self.writer
+        seconds = {
+            "waiting for input": reader.waited,
+            "statistics": 0.0,
+            "walk": 0.0,
+            **self.watch.seconds,
+            "waiting for output": writer.waited,
+        }
+        return [
+            *(Stage(name, s) for name, s in seconds.items()),
+            Stage("rest", report.seconds - sum(seconds.values())),
+            Stage("reading", reader.busy_seconds, report.bytes_read, reader.n_threads),
+            Stage("writing", writer.busy_seconds, report.bytes_written, WRITING_THREADS),
+        ]
 
     def _merge_all(self) -> None:
         jobs = self.plan.jobs
@@ -217,7 +240,8 @@ class Engine:
         if job.action is Action.COPY_EQUAL:
             ctypes.memmove(out.address, operands.experts[0].address, part.bytes_out)
         else:
-            bad = run_walk(self.kernels, walk, operands, out, self.chunk_elements)
+            with self.watch.time("walk"):
+                bad = run_walk(self.kernels, walk, operands, out, self.chunk_elements)
             if bad and self.nan_policy == "error":
                 self._refuse_nonfinite(job, operands)
         self.reader.sources.check()
@@ -233,9 +257,10 @@ class Engine:
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         assert job.params is not None
         context = job.context(self.plan.seed, self.plan.n_model)
-        return resolve(
-            self.kernels, self.plan.spec, job.params, context, operands, self.chunk_elements
-        )
+        with self.watch.time("statistics"):
+            return resolve(
+                self.kernels, self.plan.spec, job.params, context, operands, self.chunk_elements
+            )
 
     def _compare(self, job: TensorJob, operands: Operands) -> None:
         first = bytes_of(operands.experts[0])
@@ -283,7 +308,8 @@ class Engine:
             items = (WorkItem((p,)) for p in pieces)
             for item, (operands,) in self._sweep(items):
                 for _, chunk in operands.chunks(size, self.chunk_elements):
-                    feed(index[item.pieces[0].job.name], chunk)
+                    with self.watch.time("statistics"):
+                        feed(index[item.pieces[0].job.name], chunk)
 
         walks = resolve_model(self.kernels, self.plan.spec, tensors, visit)
         self.walks.update({job.name: walk for job, walk in zip(jobs, walks, strict=True)})
@@ -311,7 +337,8 @@ class Engine:
             for _, (operands,) in self._sweep(items):
                 delta = getattr(request, "delta", True)
                 for _, chunk in operands.chunks(grain(request), self.chunk_elements, delta):
-                    sweep.feed(chunk)
+                    with self.watch.time("statistics"):
+                        sweep.feed(chunk)
             if not sweep.next_pass():
                 return sweep.result()
 

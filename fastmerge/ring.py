@@ -102,8 +102,8 @@ class Reader:
         self.sources = sources
         self.waited = 0.0  # seconds
         self._ring = Bytes(capacity)
-        n_threads = MAPPING_THREADS if sources.mapped else READING_THREADS
-        self._transfers = _cpu.Transfers(False, n_threads)
+        self.n_threads = MAPPING_THREADS if sources.mapped else READING_THREADS
+        self._transfers = _cpu.Transfers(False, self.n_threads)
 
     def resize(self, capacity: int) -> None:
         """Give the memory back and take `capacity` bytes anew; between sweeps."""
