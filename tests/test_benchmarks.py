@@ -130,7 +130,7 @@ def read_bandwidth(file: Path) -> float:
 
 MODES = {
     "--no-peer": (1, {"bytes_moved", "floor_seconds", "fastmerge", "fastmerge_no_fsync"}),
-    "--cold": (1, {"engine_seconds", "share_of_disk", "share_of_disk_of_process"}),
+    "--cold": (1, {"bytes_read", "same"}),
     "--sweep": (3, {"experts", "ns_per_parameter", "ns_per_byte"}),
 }
 
