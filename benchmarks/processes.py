@@ -92,9 +92,11 @@ class Merge:
     def theirs(self, out: Path) -> Finished:
         return self._warm([BIN / "mergekit-yaml", self.config, out, "--quiet"], out)
 
-    def reporting(self, out: Path) -> tuple[Finished, dict[str, Any]]:
+    def reporting(self, out: Path, warm: bool = False) -> tuple[Finished, dict[str, Any]]:
         """Merge the inputs as they lie, cached or not; also return the engine's report."""
         shutil.rmtree(out, ignore_errors=True)
+        if warm:
+            make_resident(self.files)
         done = timed([sys.executable, "-c", REPORTING, self.config, out], self.folder)
         return done, json.loads(done.output)
 

@@ -468,7 +468,7 @@ def _scratch(plan: Plan, job: TensorJob) -> int:
     n = plan.n_model if job.scope is Scope.MODEL else job.n
     if isinstance(request, OrderStatistic) and request.scope != "row":
         n_cuts = 1 if request.of == "variance" else sum(max(1, len(r)) for r in request.ranks)
-        sample = 16 * min(max(n // 1024, 1024), 1 << 17)
+        sample = 16 * min(max(n // 2048, 1024), 1 << 16)
         held = int(10 * n * 4 * (2 / sample) ** 0.5)
         span = 10 * (1 << 15) * (os.cpu_count() or 1)
         return n_cuts * (min(held, 10 * n) + span) + experts * 10 * sample

@@ -10,6 +10,7 @@ import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fastmerge.provenance import MANIFEST
 from fastmerge.recipe import load_recipe
 
 _COMPARE_BYTES = 8 << 20
+_READERS = 4  # tensors that are read and hashed at once; both let go of the interpreter
 
 
 @dataclass
@@ -115,11 +117,14 @@ def _bytes(model: Checkpoint, manifest: Mapping[str, Any]) -> list[Row]:
     for file in model.weight_files:
         held = [t for t in model.tensors.values() if t.file == file]
         row = Row(file.name, f"{len(held)} tensors")
-        with opened(file) as (fd, _):
-            for info in held:
-                entry = manifest["tensors"].get(info.name)
+        with opened(file) as (fd, _), ThreadPoolExecutor(_READERS) as pool:
+
+            def checksum(info: TensorInfo, fd: int = fd, file: Path = file) -> str:
                 word = word_bytes(info.shape, info.dtype.itemsize)
-                found = f"{file_checksum(fd, file, info.offset, info.n_bytes, word):016x}"
+                return f"{file_checksum(fd, file, info.offset, info.n_bytes, word):016x}"
+
+            for info, found in zip(held, pool.map(checksum, held), strict=True):
+                entry = manifest["tensors"].get(info.name)
                 if entry is not None and entry["checksum"] != found:
                     row.faults.append(
                         f"{shown(info.name)}: checksum {found}, the manifest says "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -247,6 +248,22 @@ def test_thread_counts_do_not_show() -> None:
         results.append((bits(out).tobytes(), gram.tobytes()))
     _cpu.set_threads(0)
     assert len(set(results)) == 1
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    """A pool's threads do not survive a fork; waiting for them would never end."""
+    _cpu.set_threads(3)
+    rng, held, k = draw(4, (130, 4099))
+    walk = cases.random_walk(rng, (130, 4099), k, held.base is not None)
+    want = bits(ops.fused_walk(held.base, held.experts, walk, backend="cpu")).tobytes()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # a child that hangs is killed
+        same = bits(ops.fused_walk(held.base, held.experts, walk, backend="cpu")).tobytes() == want
+        os._exit(0 if same else 1)
+    _, status = os.waitpid(pid, 0)
+    _cpu.set_threads(0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_nonfinite_values_are_reported_and_carried() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from click.testing import CliRunner
 
 import fastmerge
 from fastmerge import _cpu
 from fastmerge.checkpoint import open_direct
+from fastmerge.cli import main
 from fastmerge.errors import CheckpointError, RecipeError
 from fastmerge.sources import Io, is_warm
+from fastmerge.stopwatch import table
 
 #: More than one request of 4 MiB, sizes that are no multiple of a block, and small ones.
 SHAPES = {
@@ -152,3 +155,24 @@ def test_ranks_over_a_tensor_need_all_of_it(family: Path) -> None:
     fastmerge.merge(recipe, family / "out")
     with pytest.raises(RecipeError, match="too little"):
         fastmerge.plan(family / "large" / "recipe.yaml", max_memory="200MB")
+
+
+def test_profile(family: Path) -> None:
+    """The merging thread's stages add up to the time that the engine took, and planning and finishing."""
+    recipe = family / "recipe.yaml"
+    recipe.write_text(families.recipe("ties"))
+    report = fastmerge.merge(recipe, family / "out", io="direct")
+    assert report.io == "direct"
+    own = {s.name: s.seconds for s in report.stages if not s.threads}
+    engine = sum(own.values()) - own["planning"] - own["finishing"]
+    assert engine == pytest.approx(report.seconds) and min(own.values()) >= 0
+    assert own["statistics"] > 0 and own["walk"] > 0
+    behind = {s.name: s for s in report.stages if s.threads}
+    assert behind["reading"].n_bytes == report.bytes_read and behind["reading"].seconds > 0
+    assert behind["writing"].n_bytes == report.bytes_written
+    command = ["merge", str(recipe), str(family / "out"), "--force", "-q", "--profile"]
+    printed = CliRunner().invoke(main, command).output
+    lines = table(report.stages).splitlines()
+    assert len(printed.splitlines()) == len(lines)
+    for line, other in zip(lines, printed.splitlines(), strict=True):
+        assert line.split()[0] == other.split()[0] and len(line) <= 80

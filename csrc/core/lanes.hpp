@@ -90,6 +90,12 @@ inline TwoLongs interleave(Longs a, Longs b) {
 #endif
 }
 
+inline uint32_t sum_lanes(Words w) {
+    uint32_t total = 0;
+    for (int j = 0; j < LANES; ++j) total += w[j];
+    return total;
+}
+
 /// Bit j is set iff keys[j] > bound, of 64 keys; keys and bound are below 2^31.
 inline uint64_t greater_mask(const uint32_t* keys, uint32_t bound) {
     uint64_t mask = 0;

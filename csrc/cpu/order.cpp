@@ -81,19 +81,27 @@ class SampleBins {
         for (size_t bin = reached_.size() - 1; bin-- > 0;) reached_[bin] += reached_[bin + 1];
     }
     int64_t nonzero() const { return nonzero_; }
-    /// The r-th largest key, r from 1.
-    uint64_t nth_largest(int64_t r) const {
-        const size_t bin = bin_of(r);
-        std::vector<uint64_t> held(reached_[bin] - reached_[bin + 1] + 1);
+    /// A key near the r-th largest, r from 1: the least of its bin.
+    uint64_t about(int64_t r) const { return uint64_t(bin_of(r)) << shift_; }
+    /// The `from`-th and the `to`-th largest key, from <= to.
+    std::pair<uint64_t, uint64_t> largest(int64_t from, int64_t to) const {
+        const size_t top = bin_of(from), bottom = bin_of(to);
+        const int64_t above = int64_t(reached_[top + 1]);
+        const size_t inside = reached_[bottom] - size_t(above);
+        std::vector<uint64_t> held(inside + 1);
         size_t n = 0;
         for (const uint64_t key :
              keys_) {  // written whether it is kept or not: branches would be guessed wrong
             held[n] = key;
-            n += (key >> shift_) == bin;
+            n += (key >> shift_) - bottom <= top - bottom;
         }
-        const auto at = held.begin() + (r - 1 - int64_t(reached_[bin + 1]));
-        std::nth_element(held.begin(), at, held.begin() + int64_t(n), std::greater<uint64_t>());
-        return *at;
+        const auto nth = [&](int64_t r) {
+            const auto at = held.begin() + (r - 1 - above);
+            std::nth_element(held.begin(), at, held.begin() + int64_t(n), std::greater<uint64_t>());
+            return *at;
+        };
+        const uint64_t high = nth(from);
+        return {high, nth(to)};
     }
 
   private:
@@ -122,7 +130,7 @@ OrderSweep::OrderSweep(OrderRequest request) : request_(std::move(request)) {
     mode_ = q.by_row ? Mode::Rows : q.n <= COLLECT_BELOW ? Mode::Collect : Mode::Sample;
     if (mode_ == Mode::Collect) collected_.assign(q.n_keys, std::vector<uint64_t>(q.n));
     if (mode_ == Mode::Sample) {
-        n_runs_ = std::clamp<int64_t>(q.n / 1024, 1024, int64_t(1) << 17);
+        n_runs_ = std::clamp<int64_t>(q.n / 2048, 1024, int64_t(1) << 16);
         collected_.resize(q.n_keys);
         brackets_.resize(size_t(q.n_keys) * n_ranks_), totals_.resize(brackets_.size());
         if (q.fraction < 0)
@@ -255,11 +263,11 @@ void OrderSweep::set_brackets() {
             if (!bracket.open) continue;
             const double p = double(target(int(k), r, 0).rank) / double(q.n);
             const double rank = q.fraction >= 0 ? q.fraction * double(bins.nonzero()) : p * double(size);
-            const uint64_t about = bins.nth_largest(std::clamp<int64_t>(int64_t(rank), 1, size));
+            const uint64_t about = bins.about(std::clamp<int64_t>(int64_t(rank), 1, size));
             const double reach = 2 + 4 * rank_deviation(keys.data(), size, about, p, q.fraction);
             const int64_t from = int64_t(rank - reach), to = int64_t(rank + reach) + 1;
-            bracket.high = from < 1 ? largest_key() : bins.nth_largest(from);
-            bracket.low = to > size ? 0 : bins.nth_largest(to);
+            const auto [high, low] = bins.largest(std::max<int64_t>(from, 1), std::min(to, size));
+            bracket.high = from < 1 ? largest_key() : high, bracket.low = to > size ? 0 : low;
         }
     });
     collected_.clear();

@@ -1,5 +1,6 @@
 #include "cpu/pool.hpp"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <atomic>
@@ -80,13 +81,24 @@ class Pool {
     bool stop_ = false;
 };
 
-std::mutex gate;  // one kernel at a time owns the pool; callers from several Python threads queue here
-int wanted = 0;
+/// The pool and the mutex by which callers from several threads queue: one kernel at a time owns the pool.
+struct State {
+    std::mutex gate;
+    Pool pool;
+    int wanted = 0;
+};
+// Never destroyed: threads may outlive static destructors.
+State* state = new State;
 
-Pool& pool() {
-    static Pool* instance = new Pool;  // never destroyed: threads may outlive static destructors
-    return *instance;
-}
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has none of its parent's threads, and perhaps a mutex that nobody will unlock: it starts
+// anew.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    const int wanted = state->wanted;
+    state = new State;
+    state->wanted = wanted;
+});
+#endif
 
 int cgroup_quota() {
     FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r");
@@ -113,20 +125,21 @@ int available_threads() {
 }
 
 int set_threads(int n) {
-    std::lock_guard<std::mutex> lock(gate);
-    wanted = n > 0 ? n : available_threads();
-    pool().resize(wanted);
-    return wanted;
+    std::lock_guard<std::mutex> lock(state->gate);
+    state->wanted = n > 0 ? n : available_threads();
+    state->pool.resize(state->wanted);
+    return state->wanted;
 }
 
 int thread_count() {
-    return wanted > 0 ? wanted : available_threads();
+    return state->wanted > 0 ? state->wanted : available_threads();
 }
 
 void run_tasks(int64_t n_tasks, TaskBody body, void* context) {
-    std::lock_guard<std::mutex> lock(gate);
-    if (wanted == 0) pool().resize(wanted = available_threads());
-    pool().run(n_tasks, body, context);
+    std::lock_guard<std::mutex> lock(state->gate);
+    if (state->wanted == 0) state->wanted = available_threads();
+    state->pool.resize(state->wanted);
+    state->pool.run(n_tasks, body, context);
 }
 
 }  // namespace fastmerge

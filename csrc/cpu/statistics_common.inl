@@ -2,55 +2,98 @@
 
 // ---- brackets ------------------------------------------------------------------------------------------
 
-/// Compare a block's keys with one bracket; `position` is the block's first element's in its span.
-inline void bracket_block(const Words* keys, const Bracket& bracket, bool nonzero, int64_t position,
-                          Bracketed& found) {
-    const uint32_t low = uint32_t(bracket.low), high = uint32_t(bracket.high);
-    const uint64_t above = lanes_above(keys, high), reached = low ? lanes_above(keys, low - 1) : ~uint64_t(0);
-    found.above += __builtin_popcountll(above);
-    if (nonzero) found.nonzero += __builtin_popcountll(lanes_above(keys, 0));
+constexpr int MAX_BRACKETS = 64;  // bounds the counters on the stack
+
+/// A bracket and what is counted of it, lane by lane. Keys are below 2^31, so that they compare as signed.
+struct BracketLanes {
+    Ints below_low, high;
+    Words above, inside, nonzero;
+    bool open, single;  // single: of equal keys the number is all there is to know
+};
+
+/// Collect a block's keys that lie in a bracket; `position` is the block's first element's in its span.
+inline void collect_block(const Words* keys, const Bracket& bracket, int64_t position, Bracketed& found) {
+    const uint64_t above = lanes_above(keys, uint32_t(bracket.high));
+    const uint64_t reached = bracket.low ? lanes_above(keys, uint32_t(bracket.low - 1)) : ~uint64_t(0);
     const uint64_t inside = reached & ~above;
     const int64_t count = __builtin_popcountll(inside);
-    if (found.key) {
-        alignas(WIDE) uint32_t held[BLOCK];
-        memcpy(held, keys, sizeof held);
-        uint64_t left = inside;
-        const auto take = [&](int64_t n) {
-            const int j = __builtin_ctzll(left);
-            found.key[n] = held[j], found.position[n] = uint16_t(position + j);
-            left &= left - 1;
-        };
-        // Few of a block's keys are in a bracket, but rarely none: two are taken without asking, and written
-        // over by the next block's if they were not there.
-        left |= uint64_t(inside == 0), take(found.n);
-        left |= uint64_t(left == 0), take(found.n + 1);
-        if (count > 2)
-            for (int64_t n = found.n + 2; left; ++n) take(n);
-    }
+    alignas(WIDE) uint32_t held[BLOCK];
+    memcpy(held, keys, sizeof held);
+    uint64_t left = inside;
+    const auto take = [&](int64_t n) {
+        const int j = __builtin_ctzll(left);
+        found.key[n] = held[j], found.position[n] = uint16_t(position + j);
+        left &= left - 1;
+    };
+    // Few of a block's keys are in a bracket, but rarely none: two are taken without asking, and written over
+    // by the next block's if they were not there.
+    left |= uint64_t(inside == 0), take(found.n);
+    left |= uint64_t(left == 0), take(found.n + 1);
+    if (count > 2)
+        for (int64_t n = found.n + 2; left; ++n) take(n);
     found.n += count;
 }
 
-template <DType T>
-void bracket_common(const Operands& in, bool variance, bool nonzero, int n_ranks, int64_t a, int64_t b,
-                    const Bracket* brackets, Bracketed* counts) {
-    const int n_keys = variance ? 1 : in.n_experts;
+template <DType T, bool VARIANCE>
+void bracket_lanes(const Operands& in, bool nonzero, int n_ranks, int64_t a, int64_t b,
+                   const Bracket* brackets, Bracketed* counts) {
+    const int n_keys = VARIANCE ? 1 : in.n_experts;
+    BracketLanes lanes[MAX_BRACKETS];
+    for (int j = 0; j < n_keys * n_ranks; ++j) {
+        BracketLanes& x = lanes[j];
+        x.open = brackets[j].open, x.single = !counts[j].key;
+        x.below_low = Ints{} + (int32_t(brackets[j].low) - 1), x.high = Ints{} + int32_t(brackets[j].high);
+        x.above = x.inside = x.nonzero = Words{};
+    }
     int64_t i = a;
     for (; i + BLOCK <= b; i += BLOCK) {
         Floats base[VECTORS], d[VECTORS];
         load_base<T>(in, i, base);
         for (int k = 0; k < n_keys; ++k) {
-            if (variance)
+            if (VARIANCE)
                 variance_lanes<T>(in, i, base, d);
             else
                 load_deltas<T>(expert_of(in, k), i, base, d);
             Words keys[VECTORS];
             for (int v = 0; v < VECTORS; ++v) keys[v] = order_keys(d[v]);
-            for (int r = 0; r < n_ranks; ++r)
-                if (const int j = k * n_ranks + r; brackets[j].open)
-                    bracket_block(keys, brackets[j], nonzero, i - a, counts[j]);
+            for (int r = 0; r < n_ranks; ++r) {
+                const int j = k * n_ranks + r;
+                BracketLanes& x = lanes[j];
+                if (!x.open) continue;
+                Words above_high = x.above;
+                for (int v = 0; v < VECTORS; ++v)
+                    above_high = count_where(above_high, above(Ints(keys[v]), x.high));
+                x.above = above_high;
+                if (x.single) {
+                    Words reached = x.inside;  // what is above, too, until the end
+                    for (int v = 0; v < VECTORS; ++v)
+                        reached = count_where(reached, above(Ints(keys[v]), x.below_low));
+                    x.inside = reached;
+                } else {
+                    collect_block(keys, brackets[j], i - a, counts[j]);
+                }
+                if (nonzero)
+                    for (int v = 0; v < VECTORS; ++v)
+                        x.nonzero = count_where(x.nonzero, above(Ints(keys[v]), Ints{}));
+            }
         }
     }
-    bracket_range<float>(in, variance, nonzero, n_ranks, i, b, brackets, counts, a);
+    for (int j = 0; j < n_keys * n_ranks; ++j) {
+        if (!lanes[j].open) continue;
+        const uint32_t n_above = sum_lanes(lanes[j].above);
+        counts[j].above += n_above, counts[j].nonzero += sum_lanes(lanes[j].nonzero);
+        if (lanes[j].single) counts[j].n += sum_lanes(lanes[j].inside) - n_above;
+    }
+    bracket_range<float>(in, VARIANCE, nonzero, n_ranks, i, b, brackets, counts, a);
+}
+
+template <DType T>
+void bracket_common(const Operands& in, bool variance, bool nonzero, int n_ranks, int64_t a, int64_t b,
+                    const Bracket* brackets, Bracketed* counts) {
+    if ((variance ? 1 : in.n_experts) * n_ranks > MAX_BRACKETS)
+        return bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a);
+    if (variance) return bracket_lanes<T, true>(in, nonzero, n_ranks, a, b, brackets, counts);
+    bracket_lanes<T, false>(in, nonzero, n_ranks, a, b, brackets, counts);
 }
 
 constexpr int RUN = 64;  // blocks that a sum is taken over before its lanes go back to memory: a segment
@@ -254,11 +297,6 @@ class RowRanks {
         uint32_t key, less, equal;  // equal: among the first `seen` elements
         int64_t seen;
     };
-    static uint32_t sum(Words w) {
-        uint32_t total = 0;
-        for (int j = 0; j < LANES; ++j) total += w[j];
-        return total;
-    }
     uint32_t less_than(uint32_t key) const {
         Words count[2] = {};
         const Ints bound = Ints{} + int32_t(key);
@@ -266,14 +304,14 @@ class RowRanks {
             count[0] = count_where(count[0], above(bound, read<Ints>(keys_ + j)));
             count[1] = count_where(count[1], above(bound, read<Ints>(keys_ + j + LANES)));
         }
-        return sum(count[0] + count[1]);
+        return sum_lanes(count[0] + count[1]);
     }
     uint32_t count_equal(uint32_t key, int64_t from, int64_t to) const {
         Words count = {};
         uint32_t rest = 0;
         for (; from + LANES <= to; from += LANES) count -= Words(read<Words>(keys_ + from) == Words{} + key);
         for (; from < to; ++from) rest += keys_[from] == key;
-        return rest + sum(count);
+        return rest + sum_lanes(count);
     }
     const uint32_t* keys_;
     int64_t m_;

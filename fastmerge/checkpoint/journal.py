@@ -111,7 +111,10 @@ class Journal:
             os.ftruncate(self._fd, found.n_bytes)
 
     def verify(self, name: str, parts: list[Part], info: TensorInfo, fd: int, path: Path) -> None:
-        """Believe those of a tensor's parts whose bytes in the file have the journal's checksum."""
+        """Believe those of a tensor's parts whose bytes in the file have the journal's checksum.
+
+        Several threads may call it, for a tensor each.
+        """
         word = word_bytes(info.shape, info.dtype.itemsize)
         for start, n, known in dict.fromkeys(reversed(parts)):
             inside = min(start, n) >= 0 and start + n <= info.n_bytes

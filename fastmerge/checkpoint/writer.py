@@ -35,6 +35,7 @@ from fastmerge.checkpoint.durable import (
     write_file,
 )
 from fastmerge.checkpoint.folder import INDEX
+from fastmerge.checkpoint.header import TensorInfo
 from fastmerge.checkpoint.journal import (
     JOURNAL,
     PARTIAL,
@@ -48,6 +49,9 @@ from fastmerge.checkpoint.layout import Layout
 from fastmerge.checkpoint.swap import aside, put_back, undo_swap
 from fastmerge.checkpoint.wording import is_inside, place, shown
 from fastmerge.errors import CheckpointError, ReadError
+
+#: Reads in flight while what a killed merge wrote is checked.
+CHECKING_THREADS = 4
 
 
 class OutputFolder:
@@ -166,9 +170,19 @@ class OutputFolder:
 
     def _verify(self, found: Record) -> None:
         assert self.journal is not None
-        for name, (shard, info) in self.layout.places().items():
+        from concurrent.futures import ThreadPoolExecutor  # for resumed merges alone
+
+        journal = self.journal
+
+        def verify(item: tuple[str, tuple[int, TensorInfo]]) -> None:
+            name, (shard, info) = item
             path = self.partial_path(shard)
-            self.journal.verify(name, found.parts.get(name, []), info, self._fds[shard], path)
+            journal.verify(name, found.parts.get(name, []), info, self._fds[shard], path)
+
+        with ThreadPoolExecutor(
+            CHECKING_THREADS
+        ) as pool:  # reading and hashing let go of the interpreter
+            list(pool.map(verify, self.layout.places().items()))
 
     def checksums(self) -> dict[str, int]:
         """Return every tensor's checksum, once all are written; needs the journal."""
