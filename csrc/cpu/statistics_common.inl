@@ -17,6 +17,7 @@ inline void collect_block(const Words* keys, const Bracket& bracket, int64_t pos
     const uint64_t reached = bracket.low ? lanes_above(keys, uint32_t(bracket.low - 1)) : ~uint64_t(0);
     const uint64_t inside = reached & ~above;
     const int64_t count = __builtin_popcountll(inside);
+    found.above += __builtin_popcountll(above);
     alignas(WIDE) uint32_t held[BLOCK];
     memcpy(held, keys, sizeof held);
     uint64_t left = inside;
@@ -60,11 +61,11 @@ void bracket_lanes(const Operands& in, bool nonzero, int n_ranks, int64_t a, int
                 const int j = k * n_ranks + r;
                 BracketLanes& x = lanes[j];
                 if (!x.open) continue;
-                Words above_high = x.above;
-                for (int v = 0; v < VECTORS; ++v)
-                    above_high = count_where(above_high, above(Ints(keys[v]), x.high));
-                x.above = above_high;
                 if (x.single) {
+                    Words above_high = x.above;
+                    for (int v = 0; v < VECTORS; ++v)
+                        above_high = count_where(above_high, above(Ints(keys[v]), x.high));
+                    x.above = above_high;
                     Words reached = x.inside;  // what is above, too, until the end
                     for (int v = 0; v < VECTORS; ++v)
                         reached = count_where(reached, above(Ints(keys[v]), x.below_low));
