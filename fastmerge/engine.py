@@ -211,8 +211,9 @@ class Engine:
             walk = self.walks.get(job.name) or self._resolve_here(job, operands)
         if piece.n < job.n:
             self.walks[job.name] = walk
-        for part in results_of(job):
-            if piece.start <= part.start < piece.start + piece.n and not self._keeps(part):
+        # A piece of a tensor is cut as its results are; only a whole one has several.
+        for part in results_of(job) if piece.n == job.n else (piece,):
+            if not self._keeps(part):
                 first = part.start - piece.start
                 self._merge_part(part, walk, operands.slice(first, first + part.n))
 

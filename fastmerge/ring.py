@@ -38,9 +38,7 @@ READ_AHEAD = 4
 MAPPING_THREADS, READING_THREADS, WRITING_THREADS = 1, 8, 2
 
 ALIGNMENT = 64
-BLOCK = (
-    4096  # of the disk: what bypasses the page cache agrees with its place in the file modulo this
-)
+BLOCK = 4096  # of the disk: what bypasses the page cache agrees with its place modulo this
 DIRECT_LEAST = 64 << 10  # bytes; smaller runs go through the page cache: csrc/io/transfer.hpp
 _MAPPED = -1  # csrc/io/transfer.hpp
 

@@ -98,6 +98,7 @@ class Journal:
         self.path = folder / JOURNAL
         self._sync = sync
         self._parts: dict[str, dict[int, tuple[int, int]]] = {}  # tensor -> start -> (bytes, sum)
+        self._found: set[str] = set()  # tensors of which a killed run had written a part
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         if found is None:
             self._fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
@@ -123,6 +124,7 @@ class Journal:
             with suppress(CheckpointError):  # unreadable is unproven
                 if file_checksum(fd, path, info.offset + start, n, word, start) == known:
                     self._parts.setdefault(name, {})[start] = (n, known)
+                    self._found.add(name)
 
     def add(self, parts: list[tuple[str, int, int, int]]) -> None:
         """Note parts (tensor, first byte, bytes, checksum) whose bytes are in the file."""
@@ -140,7 +142,9 @@ class Journal:
                 os.fsync(self._fd)
 
     def covers(self, name: str, start: int, n: int) -> bool:
-        """Return whether all bytes [start, start + n) of a tensor are proven."""
+        """Return whether bytes [start, start + n) of a tensor were proven when a killed run was resumed."""
+        if name not in self._found:
+            return n <= 0
         at, end = start, start + n
         for first, (size, _) in sorted(self._parts.get(name, {}).items()):
             if first > at:
