@@ -16,13 +16,12 @@ from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
 from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
 from fastmerge.evaluate import (
-    CHUNK_ELEMENTS,
     ModelTensor,
     Operands,
     first_nonfinite,
     resolve,
     resolve_model,
-    run_walk,
+    run_walks,
 )
 from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.provenance import MANIFEST, binding, manifest
@@ -89,7 +88,7 @@ def merge(
     threads: int = 0,
     io: Io | str = Io.AUTO,
     fsync: bool = True,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Report:
@@ -157,7 +156,7 @@ def merge(
             nan_policy=nan_policy,
             strict=strict,
             io=how,
-            chunk_elements=chunk_elements,
+            chunk_elements=chunk_elements or kernels.chunk_elements,
             progress=progress,
         )
         report = engine.run()
@@ -246,7 +245,7 @@ def merge_tensors(
     name: str = "tensor",
     masks: Sequence[Any] | None = None,
     nan_policy: str = "error",
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     **params: Any,
 ) -> ops.Tensor:
     """Merge one tensor of several models.
@@ -254,13 +253,14 @@ def merge_tensors(
     Args:
         base: [...] float16, bfloat16, float32 or float64 torch tensor or numpy array, or None where
             the method allows it.
-        experts: n_experts tensors of base's shape.
+        experts: n_experts tensors of base's shape, on its device; any mix of types; strided ones are copied.
+            Tensors on a GPU are merged there, on torch's current stream.
         method: a name from `methods()`; params: its parameters, per-expert ones as one value or a list.
         seed, name: of the random drops; the same name and seed give the mask that a file merge draws.
         masks: keep masks instead of random draws, one per expert, nonzero keeps.
         nan_policy: error refuses NaN and infinity in the operands, propagate carries them through.
     Returns:
-        Same kind and shape; dtype of base, or of the first expert.
+        Same kind, shape and device; dtype of base, or of the first expert.
     Raises:
         RecipeError: unknown method or parameter, value out of bounds. ConflictError: shapes or dtypes.
         NonFiniteError: NaN or infinity in an operand; names it and the first flat index.
@@ -288,18 +288,18 @@ def merge_state_dicts(
     seed: int = 0,
     masks: Mapping[str, Sequence[Any]] | None = None,
     nan_policy: str = "error",
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     **params: Any,
 ) -> dict[str, ops.Tensor]:
     """Merge whole state dicts in memory; see `merge_tensors`. All must hold the same names."""
     _check_nan_policy(nan_policy)
     spec = get(method)
-    kernels = ops.choose("cpu", backend)
     delta_base, operands = _spec_operands(spec, base, experts)
     resolved = keyword_params(spec, len(operands), base is not None, params)
     first = operands[0] if delta_base is None else delta_base
     jobs: list[tuple[str, ModelTensor, Operands, Any]] = []
     n_model = sum(math.prod(t.shape) for t in first.values())
+    device = "cpu"
     for key in sorted(first):
         like = first[key]
         buffers = _buffers(key, delta_base, operands)
@@ -311,16 +311,33 @@ def merge_state_dicts(
         cols = max(1, shape[-1]) if shape else 1
         wide = any(b.dtype is DType.F64 for b in buffers)
         compute = DType.F64 if wide else DType.F32
+        if jobs and buffers[0].device != device:
+            raise ConflictError(
+                f"{jobs[0][0]!r} is on {device} but {key!r} on {buffers[0].device}; "
+                "merge the tensors of each device on their own"
+            )
+        device = buffers[0].device
         origin = buffers.pop(0) if delta_base is not None else None
         tensor = ModelTensor(resolved, context, cols, compute)
         jobs.append((key, tensor, Operands(origin, buffers, cols, compute), like))
-    walks = _walks(kernels, spec, resolved, jobs, chunk_elements)
-    out: dict[str, ops.Tensor] = {}
-    for (key, _, held, like), walk in zip(jobs, walks, strict=True):
-        dtype = (held.base or held.experts[0]).dtype
-        out[key] = ops.empty_like(like, dtype)
-        bad = run_walk(kernels, walk, held, ops.buffer_of(out[key], key), chunk_elements)
-        if bad and nan_policy == "error":
+    kernels = ops.choose(device, backend)
+    limit = chunk_elements or kernels.chunk_elements
+    walks = _walks(kernels, spec, resolved, jobs, limit)
+    kernels = ops.choose(device, backend, walks)
+    out = {
+        key: ops.empty_like(like, (held.base or held.experts[0]).dtype)
+        for key, _, held, like in jobs
+    }
+    bad = run_walks(
+        kernels,
+        [
+            (walk, held, ops.buffer_of(out[key], key))
+            for (key, _, held, _), walk in zip(jobs, walks, strict=True)
+        ],
+        limit,
+    )
+    for (key, _, held, _), found in zip(jobs, bad, strict=True):
+        if found and nan_policy == "error":
             _refuse_nonfinite(key, held)
     return {key: out[key] for key in first}
 
@@ -367,6 +384,7 @@ def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
                 f"{list(state[key].shape)} in {label}"
             )
         buffers.append(ops.buffer_of(state[key], f"{key!r} of {label}"))
+    ops.one_device(buffers, [f"{key!r} of {label}" for label in labels])
     return buffers
 
 

@@ -15,12 +15,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastmerge.backends import Buffer, Chunk, Kernels
+from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
 from fastmerge.checkpoint import Journal, word_bytes
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
-    CHUNK_ELEMENTS,
     ModelTensor,
     Operands,
     bytes_of,

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.backends import Buffer, Chunk, Kernels
+from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
+from fastmerge.backends.memory import tensor_of, to_host
 from fastmerge.dtypes import DType
-from fastmerge.errors import RecipeError
+from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
 from fastmerge.stages import (
     F64,
@@ -35,10 +36,6 @@ from fastmerge.stages import (
     Walk,
     grain,
 )
-
-#: Elements that one kernel call works on: large enough to share among threads, small enough that the
-#: ranks of a ranked drop (4 bytes per element and expert) stay a fraction of the operands.
-CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,9 @@ def _slice_given(request: Any, a: int, b: int) -> Any:
     keep: Keep | None = getattr(request, "keep", None)
     if keep is None or keep.given is None:
         return request
-    masks = [np.asarray(m).reshape(-1)[a:b] for m in keep.given.masks]
+    masks = [
+        (m if hasattr(m, "reshape") else np.asarray(m)).reshape(-1)[a:b] for m in keep.given.masks
+    ]
     return dataclasses.replace(request, keep=dataclasses.replace(keep, given=GivenMask(masks)))
 
 
@@ -153,12 +152,29 @@ def run_walk(
     limit: int = CHUNK_ELEMENTS,
 ) -> bool:
     """Run a walk over operands in memory into `out`; true if an operand held NaN or infinity."""
-    if isinstance(walk, Copy):
-        return copy_into(kernels, operands.operands[walk.index], operands, out, limit)
-    bad = False
-    for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
-        cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
-        bad |= kernels.walk(cut, chunk, out.slice(a, a + chunk.n))
+    return run_walks(kernels, [(walk, operands, out)], limit)[0]
+
+
+def run_walks(
+    kernels: Kernels,
+    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer]],
+    limit: int = CHUNK_ELEMENTS,
+) -> list[bool]:
+    """As `run_walk`, of many tensors at once."""
+    bad = [False] * len(jobs)
+    parts: list[tuple[Walk, Chunk, Buffer]] = []
+    tensor: list[int] = []
+    for t, (walk, operands, out) in enumerate(jobs):
+        if isinstance(walk, Copy):
+            bad[t] = copy_into(kernels, operands.operands[walk.index], operands, out, limit)
+            continue
+        refuse_unrunnable(kernels, walk)
+        for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
+            cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
+            parts.append((cut, chunk, out.slice(a, a + chunk.n)))
+            tensor.append(t)
+    for t, found in zip(tensor, kernels.walks(parts), strict=True):
+        bad[t] |= found
     return bad
 
 
@@ -170,8 +186,18 @@ def copy_into(
     same = Walk(coefficient=np.ones((1, 1)), add_base=False)
     bad = run_walk(kernels, same, single, out, limit)
     if bad and source.dtype is out.dtype:  # a walk makes all NaNs the same one
-        ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
+        if source.device == out.device == "cpu":
+            ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
+        else:
+            tensor_of(out).copy_(tensor_of(source))
     return bad
+
+
+def refuse_unrunnable(kernels: Kernels, walk: Walk) -> None:
+    """Raise BackendError if a walk needs what these kernels do not have."""
+    reason = kernels.refuses(walk)
+    if reason:
+        raise BackendError(f"{kernels.name} cannot run this walk: {reason}")
 
 
 def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -190,6 +216,7 @@ def first_nonfinite(buffer: Buffer) -> int | None:
         DType.BF16: (np.uint16, 0x7F80),
     }
     kind, exponent = pattern[buffer.dtype]
+    buffer = to_host(buffer)
     for a in range(0, buffer.n, CHUNK_ELEMENTS):
         b = min(buffer.n, a + CHUNK_ELEMENTS)
         bits = bytes_of(buffer.slice(a, b)).view(kind)

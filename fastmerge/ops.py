@@ -1,8 +1,9 @@
 """The one place that decides where arithmetic runs, and the operations on tensors and arrays.
 
-`BACKENDS` is the ordered dispatch table. Each entry says which devices it serves and answers with
-a reason when it
-cannot run. `backend=` forces one and fails loudly; so does the environment variable FASTMERGE_BACKEND.
+`BACKENDS` is the ordered dispatch table. Each entry says which kinds of device it serves and answers
+with a reason when it cannot run. `backend=` forces one and fails loudly; so does the environment
+variable FASTMERGE_BACKEND. Operands off the CPU are torch tensors of one device; kernels run there, on
+torch's current stream.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge.backends import Buffer, Chunk, Kernels
 from fastmerge.dtypes import BY_TORCH, DType
 from fastmerge.errors import BackendError, ConflictError
 from fastmerge.stages import (
     F64,
+    Copy,
     Cut,
     Gram,
     Keep,
@@ -41,17 +42,41 @@ def _why_not_cpu() -> str | None:
     return cpu.UNAVAILABLE
 
 
+def _why_not_cuda() -> str | None:
+    from fastmerge.backends import cuda
+
+    return cuda.why_not()
+
+
+def _why_not_triton() -> str | None:
+    from fastmerge.backends import triton
+
+    return triton.why_not()
+
+
 def _why_not_reference() -> str | None:
     return None if importlib.util.find_spec("torch") else "torch is not installed"
 
 
-def _load_cpu() -> Kernels:
+def _load_cpu(device: str) -> Kernels:
     from fastmerge.backends.cpu import CpuKernels
 
     return CpuKernels()
 
 
-def _load_reference() -> Kernels:
+def _load_cuda(device: str) -> Kernels:
+    from fastmerge.backends.cuda import CudaKernels
+
+    return CudaKernels(device)  # type: ignore[abstract]
+
+
+def _load_triton(device: str) -> Kernels:
+    from fastmerge.backends.triton import TritonKernels
+
+    return TritonKernels(device)  # type: ignore[abstract]
+
+
+def _load_reference(device: str) -> Kernels:
     from fastmerge.backends.reference import ReferenceKernels
 
     return ReferenceKernels()
@@ -59,24 +84,33 @@ def _load_reference() -> Kernels:
 
 @dataclass(frozen=True)
 class Entry:
-    """One backend: the devices it serves, why it cannot run (None: it can), and its kernels."""
+    """One backend: the kinds of device it serves, why it cannot run (None: it can), its kernels."""
 
     name: str
     devices: tuple[str, ...]
     about: str
     why_not: Callable[[], str | None]
-    load: Callable[[], Kernels]
+    load: Callable[[str], Kernels]
 
 
-#: In order of preference for a device.
+#: Triton's interpreter runs on host memory: for tests, and for trying a stage of one's own without a GPU.
+_INTERPRETED = ("cpu",) if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") else ()
+
+#: In order of preference for a device. "cuda" is torch's word for AMD's GPUs as well.
 BACKENDS = (
+    Entry("cuda", ("cuda",), "C++ for NVIDIA GPUs", _why_not_cuda, _load_cuda),
     Entry("cpu", ("cpu",), "C++, instruction set chosen at run time", _why_not_cpu, _load_cpu),
-    Entry("reference", ("cpu",), "torch, one plain operation at a time", _why_not_reference, _load_reference),
+    Entry("triton", ("cuda", *_INTERPRETED), "compiled at first use; NVIDIA and AMD GPUs", _why_not_triton,
+          _load_triton),
+    Entry("reference", ("cpu", "cuda"), "torch, one plain operation at a time, on the host", _why_not_reference,
+          _load_reference),
 )  # fmt: skip
 
 
-def choose(device: str = "cpu", backend: str | None = None) -> Kernels:
-    """Return the kernels for `device`: the one that `backend` names, or the first that can run.
+def choose(
+    device: str = "cpu", backend: str | None = None, walks: Sequence[Walk | Copy] = ()
+) -> Kernels:
+    """Return the kernels for `device`: the one that `backend` names, or the first that can run `walks`.
 
     Raises:
         BackendError: unknown name, or nothing can run; carries the reason of each.
@@ -92,7 +126,11 @@ def choose(device: str = "cpu", backend: str | None = None) -> Kernels:
         reason = None if kind in entry.devices else f"does not serve {kind}"
         reason = reason or entry.why_not()
         if reason is None:
-            return entry.load()
+            kernels = entry.load(device)
+            refusals = (kernels.refuses(w) for w in walks if isinstance(w, Walk))
+            reason = next(filter(None, refusals), None)
+            if reason is None:
+                return kernels
         reasons.append(f"{entry.name}: {reason}")
     raise BackendError(f"no backend can run on {device}: {'; '.join(reasons)}")
 
@@ -106,8 +144,8 @@ def buffer_of(tensor: Tensor, what: str) -> Buffer:
     """Describe a torch tensor's or numpy array's memory, made contiguous when it is strided.
 
     Raises:
-        ConflictError: not a floating type that merges (float64, float32, float16, bfloat16), or not
-            in host memory.
+        ConflictError: not a floating type that merges (float64, float32, float16, bfloat16), or on a device
+            that no backend serves.
     """
     if isinstance(tensor, np.ndarray):
         dtype = BY_TORCH.get(tensor.dtype.name)
@@ -123,12 +161,11 @@ def buffer_of(tensor: Tensor, what: str) -> Buffer:
         raise ConflictError(
             f"{what} is {name}; merge float16, bfloat16, float32 or float64 tensors"
         )
-    if tensor.device.type != "cpu":
-        raise ConflictError(
-            f"{what} is on {tensor.device}; only host memory is served so far, use .cpu()"
-        )
+    device = tensor.device
+    if device.type not in ("cpu", "cuda"):
+        raise ConflictError(f"{what} is on {device}; move it to the CPU or to a CUDA device")
     held = tensor.detach().contiguous()
-    return Buffer(held.data_ptr(), dtype, held.numel(), held)
+    return Buffer(held.data_ptr(), dtype, held.numel(), held, str(device))
 
 
 def empty_like(tensor: Tensor, dtype: DType) -> Tensor:
@@ -137,7 +174,22 @@ def empty_like(tensor: Tensor, dtype: DType) -> Tensor:
         return np.empty(tensor.shape, dtype=dtype.torch)
     import torch
 
-    return torch.empty(tensor.shape, dtype=getattr(torch, dtype.torch))
+    return torch.empty(tensor.shape, dtype=getattr(torch, dtype.torch), device=tensor.device)
+
+
+def one_device(buffers: Sequence[Buffer], labels: Sequence[str]) -> str:
+    """Return the device that all buffers are on.
+
+    Raises:
+        ConflictError: they are on several; names the first two.
+    """
+    first = buffers[0].device
+    for buffer, label in zip(buffers, labels, strict=True):
+        if buffer.device != first:
+            raise ConflictError(
+                f"{labels[0]} is on {first} but {label} on {buffer.device}; move them to one device"
+            )
+    return first
 
 
 def _chunk(base: Tensor | None, experts: Sequence[Tensor]) -> Chunk:
@@ -150,13 +202,21 @@ def _chunk(base: Tensor | None, experts: Sequence[Tensor]) -> Chunk:
     if base is not None and tuple(base.shape) != shape:
         raise ConflictError(f"base is {list(base.shape)} but experts[0] is {list(shape)}")
     everything = [*operands, *([origin] if origin else [])]
+    one_device(
+        everything, [*(f"experts[{k}]" for k in range(len(operands))), "base"][: len(everything)]
+    )
     compute = DType.F64 if any(b.dtype is DType.F64 for b in everything) else DType.F32
     n = operands[0].n
     return Chunk(origin, operands, 0, n, max(1, shape[-1]) if shape else 1, compute)
 
 
+def device_of(chunk: Chunk) -> str:
+    """Return the device that a chunk's operands are on."""
+    return chunk.experts[0].device if chunk.experts else chunk.base.device if chunk.base else "cpu"
+
+
 def _run(statistic: Any, chunk: Chunk, backend: str | None) -> Any:
-    sweep = choose("cpu", backend).sweep(
+    sweep = choose(device_of(chunk), backend).sweep(
         statistic, chunk.n, chunk.cols, len(chunk.experts), chunk.compute
     )
     sweep.feed(chunk)
@@ -210,16 +270,21 @@ def gram(
 
 def keep_mask(
     base: Tensor | None, experts: Sequence[Tensor], keep: Keep, *, backend: str | None = None
-) -> NDArray[np.uint8]:
-    """Return [K, n] uint8: 1 where the keep stages leave expert k's element."""
-    return choose("cpu", backend).keep_mask(keep, _chunk(base, experts))
+) -> Tensor:
+    """Return [K, n] uint8: 1 where the keep stages leave expert k's element.
+
+    A numpy array for operands in host memory, else a torch tensor on their device.
+    """
+    chunk = _chunk(base, experts)
+    return choose(device_of(chunk), backend).keep_mask(keep, chunk)
 
 
 def keep_probability(
     base: Tensor | None, experts: Sequence[Tensor], drop: RankedDrop, *, backend: str | None = None
-) -> F64:
-    """Return [K, n] float64: each element's keep probability under a ranked drop."""
-    return choose("cpu", backend).keep_probability(drop, _chunk(base, experts))
+) -> Tensor:
+    """Return [K, n] float64: each element's keep probability under a ranked drop; where, see `keep_mask`."""
+    chunk = _chunk(base, experts)
+    return choose(device_of(chunk), backend).keep_probability(drop, chunk)
 
 
 def fused_walk(
@@ -245,7 +310,8 @@ def fused_walk(
     where = buffer_of(target, "out")
     if where.address != _address(target):  # a copy was made
         raise ConflictError("out is strided; pass a contiguous tensor")
-    choose("cpu", backend).walk(walk, chunk, where)
+    one_device([where, *chunk.experts], ["out", *(f"experts[{k}]" for k in range(len(experts)))])
+    choose(device_of(chunk), backend, [walk]).walk(walk, chunk, where)
     return target
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from fastmerge.backends import MOST_DECIDED
+from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
 from fastmerge.checkpoint import (
     Checkpoint,
     Layout,
@@ -24,7 +24,6 @@ from fastmerge.checkpoint import (
 )
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError, RecipeError
-from fastmerge.evaluate import CHUNK_ELEMENTS
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
 from fastmerge.ring import BLOCK, READ_AHEAD, room

@@ -18,7 +18,7 @@ statistic is over:
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,6 +154,24 @@ class Combine:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """A method's own stage, in Triton, between keep and weight: v = function(v, base, index, *arguments).
+
+    function:  `@triton.jit` function of a block: v, the kept and rescaled deltas, and base (zeros
+               without one), in the compute type; index, int64 flat indices in the tensor; one scalar per
+               row of `arguments`, in the compute type. It returns the new v. Division is `tl.div_rn`;
+               fusion of multiply-add is off.
+    arguments: [A][K] one value per expert of each argument.
+    reference: the same on torch tensors, for the reference backend and for tests; None: only Triton runs it.
+    """
+
+    name: str
+    function: Any
+    arguments: Sequence[Sequence[float]] = ()
+    reference: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
 class Walk:
     """The whole element-wise merge of one tensor. coefficient: [K, U] by `axis`."""
 
@@ -163,6 +181,7 @@ class Walk:
     elect: Elect | None = None
     combine: Combine = field(default_factory=Combine)
     add_base: bool = True
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True)

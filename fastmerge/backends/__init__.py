@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastmerge.dtypes import DType
 from fastmerge.stages import (
-    F64,
     Cut,
     Gram,
     MomentResult,
@@ -22,23 +18,30 @@ from fastmerge.stages import (
     Walk,
 )
 
+#: Elements that one kernel call on the CPU works on: large enough to share among threads, small
+#: enough that the ranks of a ranked drop (4 bytes per element and expert) stay a fraction of the operands.
+CHUNK_ELEMENTS = 1 << 22
+
 #: Elements of a tensor up to which a drop's decisions may be kept for the walk, an eighth of a byte each.
 MOST_DECIDED = 1 << 27
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A contiguous run of elements in memory: address, type, length. `owner` keeps the memory alive."""
+    """A contiguous run of elements in memory: address, type, length, torch's name of the device.
+
+    `owner` keeps the memory alive; off the CPU it is the flat torch tensor that holds the run.
+    """
 
     address: int
     dtype: DType
     n: int
     owner: Any = field(default=None, repr=False, compare=False)
+    device: str = "cpu"
 
     def slice(self, start: int, stop: int) -> Buffer:
-        return Buffer(
-            self.address + start * self.dtype.itemsize, self.dtype, stop - start, self.owner
-        )
+        address = self.address + start * self.dtype.itemsize
+        return Buffer(address, self.dtype, stop - start, self.owner, self.device)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Kernels(Protocol):
     """What a backend computes. The arithmetic is docs/numerics.md, bit for bit."""
 
     name: str
+    #: Elements that one call is best given.
+    chunk_elements: int = CHUNK_ELEMENTS
 
     def sweep(
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
@@ -86,17 +91,33 @@ class Kernels(Protocol):
         """Merge one chunk into `out`. Returns whether an operand held NaN or infinity."""
         ...
 
-    def keep_mask(self, keep: Any, chunk: Chunk) -> NDArray[np.uint8]:
-        """Return [K, n] uint8: which coordinates the keep stages leave."""
+    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+        """As `walk`, many at once: where a launch costs more than a small tensor, they share one."""
+        return [self.walk(*job) for job in jobs]
+
+    def refuses(self, walk: Walk) -> str | None:
+        """Return why this backend cannot run `walk`, or None."""
+        return refuses_transform(walk)
+
+    def keep_mask(self, keep: Any, chunk: Chunk) -> Any:
+        """Return [K, n] uint8, where the operands are: which coordinates the keep stages leave."""
         ...
 
-    def keep_probability(self, drop: Any, chunk: Chunk) -> F64:
-        """Return [K, n] float64: the exact keep probability p_i of a `RankedDrop`; the chunk is
-        the whole tensor."""
+    def keep_probability(self, drop: Any, chunk: Chunk) -> Any:
+        """Return [K, n] float64, where the operands are: the exact keep probability p_i of a
+        `RankedDrop`; the chunk is the whole tensor."""
         ...
+
+
+def refuses_transform(walk: Walk) -> str | None:
+    """Return why a backend of compiled stages cannot run a walk that brings its own stage."""
+    if walk.transform is None:
+        return None
+    return f"the stage {walk.transform.name!r} is written in Triton; backend 'triton' runs it"
 
 
 __all__ = [
+    "CHUNK_ELEMENTS",
     "MOST_DECIDED",
     "Buffer",
     "Chunk",

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.backends import MOST_DECIDED, Buffer, Chunk, Sweep
+from fastmerge.backends import MOST_DECIDED, Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends.lowering import (
+    MOMENTS,
+    given_masks,
+    lower_keep,
+    lower_operands,
+    lower_walk,
+)
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
@@ -18,7 +25,6 @@ from fastmerge.stages import (
     Axis,
     Cut,
     Drop,
-    GivenMask,
     Gram,
     Keep,
     MomentResult,
@@ -43,88 +49,27 @@ else:
             f"this machine has: {_cpu.available_isas()}"
         )
 
-_MOMENTS = {"abs": 0, "square": 1, "max": 2}
-_VOTES = {"mass": 1, "delta": 2, "count": 3, "normmass": 4, "normfrac": 5}
-_ON_ZERO = {"plus": 0, "minus": 1, "none": 2}
-_DIVIDE = {"none": 0, "constant": 1, "weight": 2}
-
 
 def _operands(chunk: Chunk, with_base: bool = True) -> _cpu.Operands:
-    base = chunk.base if with_base else None
-    return _cpu.Operands(
-        base.address if base else 0,
-        base.dtype.code if base else 1,
-        [x.address for x in chunk.experts],
-        [x.dtype.code for x in chunk.experts],
-        chunk.start,
-        chunk.n,
-        chunk.cols,
-    )
+    operands: _cpu.Operands = lower_operands(_cpu, chunk, with_base)
+    return operands
 
 
 def _is_f64(chunk: Chunk) -> bool:
     return chunk.compute is DType.F64
 
 
-def _mask_arrays(given: GivenMask) -> list[NDArray[np.uint8]]:
-    return [np.ascontiguousarray(np.asarray(m), dtype=np.uint8).reshape(-1) for m in given.masks]
-
-
 def _keep(keep: Keep) -> tuple[_cpu.Keep, Sequence[Any]]:
     """Lower the keep stages; the second value holds memory that the first one points to."""
-    plan = _cpu.Keep()
-    if keep.trim:
-        _add_cut(plan, "trim", keep.trim.keep)
-        if keep.trim.remove:
-            _add_cut(plan, "remove", keep.trim.remove)
-    if keep.select:
-        _add_cut(plan, "select", keep.select.cut)
-    drop = keep.drop
-    if isinstance(drop, Drop):
-        p = list(drop.keep_probability)
-        plan.drop(1, p, p, list(drop.key), int(Axis.TENSOR), False, drop.rescale)
-    elif isinstance(drop, RankedDrop):
-        plan.drop(
-            2,
-            list(drop.low),
-            list(drop.high),
-            list(drop.key),
-            int(drop.axis),
-            drop.by == "value",
-            drop.rescale,
-        )
-    owned: list[Any] = []
-    if keep.given:
-        owned = list(_mask_arrays(keep.given))
-        plan.masks([m.ctypes.data for m in owned])
-    return plan, owned
-
-
-def _add_cut(plan: _cpu.Keep, which: str, cut: Cut) -> None:
-    plan.cut(which, cut.value, cut.last_tie, int(cut.axis))
+    masks = [
+        np.ascontiguousarray(np.asarray(m), dtype=np.uint8).reshape(-1) for m in given_masks(keep)
+    ]
+    return lower_keep(_cpu, keep, [m.ctypes.data for m in masks]), masks
 
 
 def _lower(walk: Walk) -> tuple[_cpu.Walk, Sequence[Any]]:
     keep, owned = _keep(walk.keep)
-    elect, combine = walk.elect, walk.combine
-    return (
-        _cpu.Walk(
-            keep,
-            walk.coefficient,
-            int(walk.axis),
-            _VOTES[elect.by] if elect else 0,
-            _ON_ZERO[elect.on_zero] if elect else 0,
-            list(elect.vote_scale or ()) if elect else [],
-            combine.by == "max",
-            _DIVIDE[combine.divide_by],
-            combine.divisor,
-            list(combine.divisor_weight or ()),
-            combine.floor,
-            combine.lambda_,
-            walk.add_base,
-        ),
-        owned,
-    )
+    return lower_walk(_cpu, walk, keep), owned
 
 
 class _Order:
@@ -160,7 +105,7 @@ class _Moments:
     ) -> None:
         self._keep = request.keep
         self._decided = decided
-        self._sweep = _cpu.MomentSweep(_MOMENTS[request.of], k, compute is DType.F64)
+        self._sweep = _cpu.MomentSweep(MOMENTS[request.of], k, compute is DType.F64)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if chunk.n:
@@ -212,7 +157,7 @@ class _SignBalance:
         return self._balance
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """`Kernels` in C++ for any CPU tensor; the instruction set is chosen at run time."""
 
     name = "cpu"

@@ -6,7 +6,6 @@ that make that possible. `torch.set_flush_denormal` must be off.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmerge.backends import Buffer, Chunk, Sweep
+from fastmerge.backends import Buffer, Chunk, Kernels, Sweep, refuses_transform
+from fastmerge.backends.memory import tensor_of
 from fastmerge.backends.reference_arithmetic import (
     draws,
     key_of,
@@ -47,6 +46,7 @@ from fastmerge.stages import (
     RankedDrop,
     SignBalance,
     Statistic,
+    Transform,
     Walk,
 )
 
@@ -62,12 +62,8 @@ _TORCH = {
 
 
 def _view(buffer: Buffer) -> Tensor:
-    """Return the buffer as a tensor that shares its memory."""
-    dtype = _TORCH[buffer.dtype]
-    if buffer.n == 0:
-        return torch.empty(0, dtype=dtype)
-    memory = (ctypes.c_uint8 * (buffer.n * buffer.dtype.itemsize)).from_address(buffer.address)
-    return torch.frombuffer(memory, dtype=dtype)
+    """Return the buffer as a host tensor: its own memory, or a copy of what lies on a device."""
+    return tensor_of(buffer).cpu()
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ def _keep(keep: Keep, tile: _Tile) -> tuple[Tensor, Tensor | None]:
     given, drop = keep.given, keep.drop
     if given is not None:
         for k, mask in enumerate(given.masks):
-            kept[k] &= torch.tensor(np.asarray(mask)).reshape(-1) != 0
+            kept[k] &= torch.as_tensor(mask).cpu().reshape(-1) != 0
     if drop is None:
         return kept, None
     inverse = torch.empty_like(tile.delta)
@@ -282,8 +278,22 @@ def _combined(combine: Combine, value: Tensor, camp: Tensor | None, nobody: Tens
     return merged if combine.lambda_ == 1 else merged * real_of(combine.lambda_, real)
 
 
-def _merged(walk: Walk, tile: _Tile) -> Tensor:
+def _transformed(transform: Transform, v: Tensor, base: Tensor | None, tile: _Tile) -> Tensor:
+    """Return [K, n]: what a method's own stage makes of the kept values."""
+    assert transform.reference is not None
+    origin = torch.zeros_like(v[0]) if base is None else base
+    arguments = [real_of(row, v.dtype) for row in transform.arguments]
+    experts = [
+        transform.reference(v[k], origin, tile.index, *(row[k] for row in arguments))
+        for k in range(len(v))
+    ]
+    return torch.stack(experts)
+
+
+def _merged(walk: Walk, tile: _Tile, base: Tensor | None) -> Tensor:
     v = _kept_values(walk.keep, tile)
+    if walk.transform is not None:
+        v = _transformed(walk.transform, v, base, tile)
     value = v * tile.spread(np.asarray(walk.coefficient, np.float64), walk.axis).to(tile.real)
     nobody = torch.zeros(tile.n, dtype=torch.bool)
     if walk.elect is None:
@@ -397,7 +407,7 @@ def _sign_balance(request: SignBalance, tile: _Tile) -> int:
 # ---- the backend ---------------------------------------------------------------------------------
 
 
-class ReferenceKernels:
+class ReferenceKernels(Kernels):
     """`Kernels` in plain torch on any machine: slow, and what `numerics.md` says to the bit."""
 
     name = "reference"
@@ -431,17 +441,27 @@ class ReferenceKernels:
                 raise ValueError("walk: neither experts nor a base")
             result = base
         else:
-            merged = _merged(walk, tile)
+            merged = _merged(walk, tile, base if walk.add_base else None)
             result = base + merged if walk.add_base and base is not None else merged
         # Looked at before the store: `out` may be the base's own memory.
         operands = [chunk.base, *chunk.experts]
         bad = any(not _view(x).isfinite().all() for x in operands if x is not None)
-        _view(out).copy_(rounded(result, _TORCH[out.dtype]))
+        tensor_of(out).copy_(rounded(result, _TORCH[out.dtype]))
         return bad
 
-    def keep_mask(self, keep: Keep, chunk: Chunk) -> NDArray[np.uint8]:
-        kept, _ = _keep(keep, _tile(chunk))
-        return kept.numpy().astype(np.uint8)
+    def refuses(self, walk: Walk) -> str | None:
+        has_twin = walk.transform is None or walk.transform.reference is not None
+        return None if has_twin else refuses_transform(walk)
 
-    def keep_probability(self, drop: RankedDrop, chunk: Chunk) -> F64:
-        return np.asarray(_ranked_probability(drop, _tile(chunk)).numpy(), np.float64)
+    def keep_mask(self, keep: Keep, chunk: Chunk) -> Any:
+        kept, _ = _keep(keep, _tile(chunk))
+        return _as_operands(kept.to(torch.uint8), chunk)
+
+    def keep_probability(self, drop: RankedDrop, chunk: Chunk) -> Any:
+        return _as_operands(_ranked_probability(drop, _tile(chunk)), chunk)
+
+
+def _as_operands(x: Tensor, chunk: Chunk) -> Any:
+    """Return a numpy array for operands in host memory, else the tensor, moved to them."""
+    device = chunk.experts[0].device if chunk.experts else "cpu"
+    return x.numpy() if device == "cpu" else x.to(device)
