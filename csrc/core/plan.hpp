@@ -40,7 +40,19 @@ struct Keep {
     bool rescale = false;
     const uint8_t* const* given = nullptr;  // [K] pointers to [n], or null
 
-    bool any() const { return trim.value || remove.value || select.value || drop != DropKind::None || given; }
+    FM_HD bool any() const { return trim.value || remove.value || select.value || drop != DropKind::None || given; }
+};
+
+/// Ranks of |delta| within rows (or the tensor) for a ranked drop, over one chunk.
+struct Ranks {
+    const uint32_t* rank = nullptr;  // [K, n], unused when by_value
+    const double* low = nullptr;     // [K, units] least |delta|, when by_value
+    const double* high = nullptr;    // [K, units] largest |delta|, when by_value
+    int64_t unit = 1;                // elements of a unit
+    // What the ranked drop leaves instead of ranks, a bit each: of expert k and chunk index i, bit i % 64 of
+    // kept[k * stride + i / 64].
+    const uint64_t* kept = nullptr;
+    int64_t stride = 0;
 };
 
 enum class Vote : int32_t { None = 0, Mass = 1, Delta = 2, Count = 3, NormMass = 4, NormFrac = 5 };

@@ -1,61 +1,65 @@
-// What 64 coordinates of an element-wise merge go through:
+// What N neighbouring coordinates of an element-wise merge go through:
 //
 //     delta -> keep (trim, select, drop, given) -> weight -> elect -> combine -> base + merged
 //
-// The loops of csrc/cpu call these; they add no arithmetic of their own. docs/numerics.md is the definition.
-// Loops run over all 64 places with zeros behind a short run, so that trip counts are constant and every
-// branch is a select: that is what lets each of them vectorise on any instruction set.
+// The loops of csrc/cpu (N = 64) and csrc/cuda (N = 8, 4 or 1) call these; they add no arithmetic of their
+// own. docs/numerics.md is the definition. Loops run over all N places with zeros behind a short run, so that
+// trip counts are constant and every branch is a select: that is what lets a CPU's compiler vectorise them,
+// and a GPU's keep the places in registers.
 #pragma once
 #include "core/philox.hpp"
 #include "core/plan.hpp"
 #include "core/types.hpp"
+#if !defined(__CUDACC__)
+#include "core/philox_lanes.hpp"
+#endif
 
 namespace fastmerge {
 namespace FM_ISA {
 
 /// Load elements [i, i + m) of one operand, relative to the chunk, zero behind; true if one is not finite.
-template <class Real>
-inline bool load_block(const void* p, DType t, int64_t i, int m, Real* out) {
-    if (m < BLOCK)
-        for (int j = 0; j < BLOCK; ++j) out[j] = Real(0);
-    load_run<Real>(p, t, i, m < BLOCK ? m : BLOCK, out);
+template <class Real, int N = BLOCK>
+FM_HD inline bool load_block(const void* p, DType t, int64_t i, int m, Real* out) {
+    if (m < N)
+        for (int j = 0; j < N; ++j) out[j] = Real(0);
+    load_run<Real>(p, t, i, m < N ? m : N, out);
     int bad = 0;
-    for (int j = 0; j < BLOCK; ++j) bad |= key_of(out[j]) >= KeyOf<Real>::inf;
+    for (int j = 0; j < N; ++j) bad |= key_of(out[j]) >= KeyOf<Real>::inf;
     return bad != 0;
 }
 
-template <class Real>
-inline void subtract(Real* x, const Real* base) {
-    for (int j = 0; j < BLOCK; ++j) x[j] = x[j] - base[j];
+template <class Real, int N = BLOCK>
+FM_HD inline void subtract(Real* x, const Real* base) {
+    for (int j = 0; j < N; ++j) x[j] = x[j] - base[j];
 }
 
 /// Load expert k's deltas (or values, without a base).
-template <class Real>
-inline bool load_delta(const Operands& in, int k, int64_t i, int m, const Real* base, Real* d) {
-    const bool bad = load_block<Real>(in.expert[k], in.expert_type[k], i, m, d);
-    if (in.base) subtract(d, base);
+template <class Real, int N = BLOCK>
+FM_HD inline bool load_delta(const Operands& in, int k, int64_t i, int m, const Real* base, Real* d) {
+    const bool bad = load_block<Real, N>(in.expert[k], in.expert_type[k], i, m, d);
+    if (in.base) subtract<Real, N>(d, base);
     return bad;
 }
 
 /// Population variance over experts of a block of deltas.
-template <class Real>
-inline void variance_block(const Operands& in, int64_t i, int m, const Real* base, Real* var) {
+template <class Real, int N = BLOCK>
+FM_HD inline void variance_block(const Operands& in, int64_t i, int m, const Real* base, Real* var) {
     const int K = in.n_experts;
-    Real mean[BLOCK], d[BLOCK];
+    Real mean[N], d[N];
     for (int k = 0; k < K; ++k) {
-        load_delta(in, k, i, m, base, d);
-        for (int j = 0; j < BLOCK; ++j) mean[j] = k == 0 ? d[j] : mean[j] + d[j];
+        load_delta<Real, N>(in, k, i, m, base, d);
+        for (int j = 0; j < N; ++j) mean[j] = k == 0 ? d[j] : mean[j] + d[j];
     }
-    for (int j = 0; j < BLOCK; ++j) mean[j] = mean[j] / Real(K);
+    for (int j = 0; j < N; ++j) mean[j] = mean[j] / Real(K);
     for (int k = 0; k < K; ++k) {
-        load_delta(in, k, i, m, base, d);
-        for (int j = 0; j < BLOCK; ++j) {
+        load_delta<Real, N>(in, k, i, m, base, d);
+        for (int j = 0; j < N; ++j) {
             const Real e = d[j] - mean[j];
             const Real square = e * e;
             var[j] = k == 0 ? square : var[j] + square;
         }
     }
-    for (int j = 0; j < BLOCK; ++j) var[j] = var[j] / Real(K);
+    for (int j = 0; j < N; ++j) var[j] = var[j] / Real(K);
 }
 
 // ---- keep ----------------------------------------------------------------------------------------------
@@ -63,31 +67,73 @@ inline void variance_block(const Operands& in, int64_t i, int m, const Real* bas
 template <class Real>
 using Mask = Key<Real>;  // all ones or zero, as wide as Real, so that masks and values share lanes
 
-/// keep &= is (or is not) above the cut. `first` is the flat index of the block in the tensor.
+/// A cut of one expert and unit: an element is above it iff its key is larger, or equal at an index up to
+/// last_tie. Keys are compared as signed integers: -1 has everything above it.
 template <class Real>
-inline void apply_cut(double value, int64_t last_tie, bool above, int64_t first, const Real* d,
-                      Mask<Real>* keep) {
+struct KeyCut {
+    typename KeyOf<Real>::signed_type key;
+    int64_t last_tie;
+};
+
+template <class Real>
+FM_HD inline KeyCut<Real> key_cut(double value, int64_t last_tie) {
+    using S = typename KeyOf<Real>::signed_type;
+    if (value < 0) return {S(-1), -1};
+    return {S(order_key(Real(value))), last_tie};
+}
+
+/// keep &= is (or is not) above the cut. `first` is the flat index of the run in the tensor.
+template <class Real, int N = BLOCK>
+FM_HD inline void apply_cut(KeyCut<Real> cut, bool above, int64_t first, const Real* d, Mask<Real>* keep) {
     using K = Key<Real>;
-    if (value < 0) {  // everything is above
-        if (!above)
-            for (int j = 0; j < BLOCK; ++j) keep[j] = 0;
+    using S = typename KeyOf<Real>::signed_type;
+    const K flip = above ? K(0) : ~K(0);
+    const int64_t ahead = cut.last_tie - first;
+    if (ahead < 0 || ahead >= N - 1) {
+        // Equal keys of the run are all above or none: moving the cut by one says so without positions.
+        const S bound = cut.key - S(ahead >= 0);
+        for (int j = 0; j < N; ++j) keep[j] &= (K(0) - K(S(order_key(d[j])) > bound)) ^ flip;
         return;
     }
-    const K cut = order_key(Real(value));
-    // Ties at or before position `quota` of this block count as above.
-    const int64_t ahead = last_tie - first;
-    const int quota = ahead >= BLOCK ? BLOCK : ahead < 0 ? -1 : int(ahead);
-    const K flip = above ? K(0) : ~K(0);
-    for (int j = 0; j < BLOCK; ++j) {
-        const K key = order_key(d[j]);
-        const K greater = K(0) - K(key > cut);
-        const K tie = (K(0) - K(key == cut)) & (K(0) - K(j <= quota));
+    const int last = int(ahead);
+    for (int j = 0; j < N; ++j) {
+        const S key = S(order_key(d[j]));
+        const K greater = K(0) - K(key > cut.key);
+        const K tie = (K(0) - K(key == cut.key)) & (K(0) - K(j <= last));
         keep[j] &= (greater | tie) ^ flip;
     }
 }
 
-inline int64_t unit_of(Axis axis, int64_t flat, int64_t cols) {
+FM_HD inline int64_t unit_of(Axis axis, int64_t flat, int64_t cols) {
     return axis == Axis::Row ? flat / cols : 0;
+}
+
+/// Expert k's cut of the unit that the element of flat index `first` is in.
+template <class Real>
+FM_HD inline KeyCut<Real> cut_of(const Cut& cut, int k, int64_t first, int64_t cols) {
+    const int64_t at = k * cut.units + unit_of(cut.axis, first, cols);
+    return key_cut<Real>(cut.value[at], cut.last_tie[at]);
+}
+
+/// 16-bit draws of elements [i, i + m), m <= N: element e uses block e >> 3, half-word e & 7.
+template <int N>
+FM_HD inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
+    if constexpr (N == 1) {
+        out[0] = half_of(philox_block(key, uint64_t(i) >> 3), int(i & 7));
+    } else {
+#if !defined(__CUDACC__)
+        draws16_lanes(key, i, m, out);
+#endif
+    }
+}
+
+/// 32-bit draws of elements [i, i + m), m <= N: element e uses block e >> 2, word e & 3.
+template <int N>
+FM_HD inline void draws32(uint64_t key, int64_t i, int m, uint32_t* out) {
+    for (int j = 0; j < (N == 1 ? 1 : m);) {
+        const Philox4 r = philox_block(key, uint64_t(i + j) >> 2);
+        for (int w = int((i + j) & 3); w < 4 && j < (N == 1 ? 1 : m); ++w, ++j) out[j] = word_of(r, w);
+    }
 }
 
 /// The threshold arithmetic of a uniform draw; `full` is 2^16 or 2^32.
@@ -96,7 +142,7 @@ struct DrawRule {
     uint64_t threshold = 0;
     double full = 65536.0, p = 1.0;
 
-    explicit DrawRule(double probability) : p(probability) {
+    FM_HD explicit DrawRule(double probability) : p(probability) {
         always = p >= 1.0, never = !(p > 0.0);
         if (always || never) return;
         wide = p < 0.005 || p > 0.995;
@@ -107,66 +153,62 @@ struct DrawRule {
         if (threshold > uint64_t(full) - 1) threshold = uint64_t(full) - 1;
     }
     /// What a rescale multiplies survivors by; a mask from outside was not drawn at `threshold`.
-    double inverse(bool given) const {
+    FM_HD double inverse(bool given) const {
         if (always || never) return 1.0;
         return given ? 1.0 / p : full / double(threshold);
     }
 };
 
 /// Decide which elements of one block of expert k survive.
-/// @param p_rank  [BLOCK] keep probabilities of a ranked drop, else null
-/// @param select  [BLOCK] mask of the variance selection, or null
-/// @param inv     [BLOCK] the drop's rescale factors, written when it rescales
+/// @param drop    that of the plan, or None where it is decided already
+/// @param p_rank  [N] keep probabilities of a ranked drop, else null
+/// @param select  [N] mask of the variance selection, or null
+/// @param inv     [N] the drop's rescale factors, written when it rescales
 /// @return whether `inv` was written
-template <class Real>
-inline bool keep_block(const Keep& plan, int64_t cols, int k, int64_t chunk_start, int64_t i, int m,
+template <class Real, int N = BLOCK>
+FM_HD inline bool keep_block(const Keep& plan, DropKind drop, int64_t cols, int k, int64_t chunk_start, int64_t i, int m,
                        const Real* d, const Mask<Real>* select, const double* p_rank, Mask<Real>* keep,
                        Real* inv) {
     const int64_t first = chunk_start + i;
-    for (int j = 0; j < BLOCK; ++j) keep[j] = ~Mask<Real>(0);
-    if (plan.trim.value) {
-        const int64_t at = k * plan.trim.units + unit_of(plan.trim.axis, first, cols);
-        apply_cut(plan.trim.value[at], plan.trim.last_tie[at], true, first, d, keep);
-    }
-    if (plan.remove.value) {
-        const int64_t at = k * plan.remove.units + unit_of(plan.remove.axis, first, cols);
-        apply_cut(plan.remove.value[at], plan.remove.last_tie[at], false, first, d, keep);
-    }
+    for (int j = 0; j < N; ++j) keep[j] = ~Mask<Real>(0);
+    if (plan.trim.value) apply_cut<Real, N>(cut_of<Real>(plan.trim, k, first, cols), true, first, d, keep);
+    if (plan.remove.value)
+        apply_cut<Real, N>(cut_of<Real>(plan.remove, k, first, cols), false, first, d, keep);
     if (select)
-        for (int j = 0; j < BLOCK; ++j) keep[j] &= select[j];
+        for (int j = 0; j < N; ++j) keep[j] &= select[j];
     if (plan.given) {
         const uint8_t* mask = plan.given[k] + i;
         for (int j = 0; j < m; ++j) keep[j] &= Mask<Real>(0) - Mask<Real>(mask[j] != 0);
     }
     const bool given = plan.given != nullptr;
-    if (plan.drop == DropKind::Uniform) {
+    if (drop == DropKind::Uniform) {
         const DrawRule rule(plan.p_low[k]);
         if (!given && rule.never)
-            for (int j = 0; j < BLOCK; ++j) keep[j] = 0;
+            for (int j = 0; j < N; ++j) keep[j] = 0;
         if (!given && !rule.always && !rule.never) {
-            uint32_t draw[BLOCK] = {};
+            uint32_t draw[N] = {};
             if (rule.wide)
-                draws32(plan.key[k], first, m, draw);
+                draws32<N>(plan.key[k], first, m, draw);
             else
-                draws16(plan.key[k], first, m, draw);
+                draws16<N>(plan.key[k], first, m, draw);
             const uint32_t t = uint32_t(rule.threshold);
-            for (int j = 0; j < BLOCK; ++j) keep[j] &= Mask<Real>(0) - Mask<Real>(draw[j] < t);
+            for (int j = 0; j < N; ++j) keep[j] &= Mask<Real>(0) - Mask<Real>(draw[j] < t);
         }
         if (!plan.rescale) return false;
         const Real factor = Real(rule.inverse(given));
-        for (int j = 0; j < BLOCK; ++j) inv[j] = factor;
+        for (int j = 0; j < N; ++j) inv[j] = factor;
         return true;
     }
-    if (plan.drop == DropKind::Ranked) {
+    if (drop == DropKind::Ranked) {
         const bool always = plan.p_low[k] >= 1.0, never = !(plan.p_high[k] > 0.0);
         if (never && !given)
-            for (int j = 0; j < BLOCK; ++j) keep[j] = 0;
+            for (int j = 0; j < N; ++j) keep[j] = 0;
         if (always || never) {
-            for (int j = 0; j < BLOCK; ++j) inv[j] = Real(1);
+            for (int j = 0; j < N; ++j) inv[j] = Real(1);
             return plan.rescale;
         }
-        uint32_t draw[BLOCK] = {};
-        if (!given) draws16(plan.key[k], first, m, draw);
+        uint32_t draw[N] = {};
+        if (!given) draws16<N>(plan.key[k], first, m, draw);
         for (int j = 0; j < m; ++j) {
             double t = p_rank[j] * 65536.0 + 0.5;
             t = !(t >= 0) ? 0 : t > 65536.0 ? 65536.0 : t;  // NaN draws nothing
@@ -177,60 +219,55 @@ inline bool keep_block(const Keep& plan, int64_t cols, int k, int64_t chunk_star
             else
                 inv[j] = threshold ? Real(65536.0 / double(threshold)) : Real(0);
         }
-        for (int j = m; j < BLOCK; ++j) inv[j] = Real(0);
+        for (int j = m; j < N; ++j) inv[j] = Real(0);
         return plan.rescale;
     }
     return false;
 }
 
-template <class Real>
-inline void zero_dropped(const Mask<Real>* keep, Real* v) {
-    for (int j = 0; j < BLOCK; ++j) v[j] = bit_cast<Real>(Key<Real>(bit_cast<Key<Real>>(v[j]) & keep[j]));
+template <class Real, int N = BLOCK>
+FM_HD inline void zero_dropped(const Mask<Real>* keep, Real* v) {
+    for (int j = 0; j < N; ++j) v[j] = bit_cast<Real>(Key<Real>(bit_cast<Key<Real>>(v[j]) & keep[j]));
 }
 
 // ---- elect and combine ---------------------------------------------------------------------------------
 
 /// Running sums of both camps of a block: one pass over the experts, one camp is used at the end.
-template <class Real>
+template <class Real, int N = BLOCK>
 struct Camps {
-    Real plus_votes[BLOCK], minus_votes[BLOCK];
-    Real plus_value[BLOCK], minus_value[BLOCK];
-    Real plus_weight[BLOCK], minus_weight[BLOCK];
-    Real best_score[BLOCK], best_vote[BLOCK];
+    Real plus_votes[N], minus_votes[N];
+    Real plus_value[N], minus_value[N];
+    Real plus_weight[N], minus_weight[N];
+    Real best_score[N], best_vote[N];
 
-    void clear() {
-        for (int j = 0; j < BLOCK; ++j) {
+    FM_HD void clear() {
+        for (int j = 0; j < N; ++j) {
             plus_votes[j] = minus_votes[j] = plus_value[j] = minus_value[j] = Real(0);
             plus_weight[j] = minus_weight[j] = best_score[j] = best_vote[j] = Real(0);
         }
     }
 };
 
-template <class Real>
-inline Real absolute(Real x) {
-    return bit_cast<Real>(key_of(x));
-}
-
 /// Add expert k's block: v are kept deltas, value = v * coefficient.
-template <class Real>
-inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, const Real* v,
-                         const Real* value, Camps<Real>& c) {
-    Real vote[BLOCK];
+template <class Real, int N = BLOCK>
+FM_HD inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, const Real* v,
+                         const Real* value, Camps<Real, N>& c) {
+    Real vote[N];
     switch (by) {
         case Vote::Mass:
-            for (int j = 0; j < BLOCK; ++j) vote[j] = value[j];
+            for (int j = 0; j < N; ++j) vote[j] = value[j];
             break;
         case Vote::Count:
-            for (int j = 0; j < BLOCK; ++j) vote[j] = v[j] > 0 ? Real(1) : v[j] < 0 ? Real(-1) : v[j];
+            for (int j = 0; j < N; ++j) vote[j] = v[j] > 0 ? Real(1) : v[j] < 0 ? Real(-1) : v[j];
             break;
         case Vote::NormMass:
-            for (int j = 0; j < BLOCK; ++j) {
+            for (int j = 0; j < N; ++j) {
                 const Real square = v[j] * absolute(v[j]);
                 vote[j] = square * vote_scale;
             }
             break;
         case Vote::NormFrac:
-            for (int j = 0; j < BLOCK; ++j) {
+            for (int j = 0; j < N; ++j) {
                 const Real square = v[j] * v[j];
                 const Real score = square * vote_scale;
                 const bool better = score > c.best_score[j];
@@ -241,31 +278,32 @@ inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, c
             break;
         case Vote::Delta:
         case Vote::None:
-            for (int j = 0; j < BLOCK; ++j) vote[j] = v[j];
+            for (int j = 0; j < N; ++j) vote[j] = v[j];
             break;
     }
-    for (int j = 0; j < BLOCK; ++j) {
+    for (int j = 0; j < N; ++j) {
         const Real s = vote[j], x = value[j];
         const bool plus = s > 0, minus = !(s >= 0);  // NaN is carried by the minus camp
-        c.plus_votes[j] += plus ? s : Real(0);
-        c.minus_votes[j] += minus ? s : Real(0);
-        c.plus_weight[j] += plus ? weight : Real(0);
-        c.minus_weight[j] += minus ? weight : Real(0);
+        // The same as adding +0 elsewhere: no sum is ever -0.
+        c.plus_votes[j] = plus ? c.plus_votes[j] + s : c.plus_votes[j];
+        c.minus_votes[j] = minus ? c.minus_votes[j] + s : c.minus_votes[j];
+        c.plus_weight[j] = plus ? c.plus_weight[j] + weight : c.plus_weight[j];
+        c.minus_weight[j] = minus ? c.minus_weight[j] + weight : c.minus_weight[j];
         if (take_max) {
             c.plus_value[j] = plus && order_key(x) > order_key(c.plus_value[j]) ? x : c.plus_value[j];
             c.minus_value[j] = minus && order_key(x) > order_key(c.minus_value[j]) ? x : c.minus_value[j];
         } else {
-            c.plus_value[j] += plus ? x : Real(0);
-            c.minus_value[j] += minus ? x : Real(0);
+            c.plus_value[j] = plus ? c.plus_value[j] + x : c.plus_value[j];
+            c.minus_value[j] = minus ? c.minus_value[j] + x : c.minus_value[j];
         }
     }
 }
 
 /// The elected camp's value over its divisor: a constant, the camp's weight, or none.
-template <class Real>
-inline void elect_block(Vote by, OnZero on_zero, Divide divide, Real divisor, Real floor,
-                        const Camps<Real>& c, Real* merged) {
-    for (int j = 0; j < BLOCK; ++j) {
+template <class Real, int N = BLOCK>
+FM_HD inline void elect_block(Vote by, OnZero on_zero, Divide divide, Real divisor, Real floor,
+                        const Camps<Real, N>& c, Real* merged) {
+    for (int j = 0; j < N; ++j) {
         const Real total = by == Vote::NormFrac ? c.best_vote[j] : c.plus_votes[j] + c.minus_votes[j];
         const bool zero = total == 0;
         const bool plus = zero ? on_zero == OnZero::Plus : total > 0;

@@ -23,7 +23,7 @@ namespace fastmerge {
 
 enum class DType : int32_t { F64 = 0, F32 = 1, F16 = 2, BF16 = 3 };
 
-inline int itemsize(DType t) {
+FM_HD inline int itemsize(DType t) {
     return t == DType::F64 ? 8 : t == DType::F32 ? 4 : 2;
 }
 
@@ -103,11 +103,13 @@ struct KeyOf;
 template <>
 struct KeyOf<float> {
     using type = uint32_t;
+    using signed_type = int32_t;
     static constexpr uint32_t mask = 0x7fffffffu, inf = 0x7f800000u;
 };
 template <>
 struct KeyOf<double> {
     using type = uint64_t;
+    using signed_type = int64_t;
     static constexpr uint64_t mask = 0x7fffffffffffffffull, inf = 0x7ff0000000000000ull;
 };
 template <class Real>
@@ -126,10 +128,15 @@ FM_HD inline Key<Real> order_key(Real x) {
     return k < nan ? k : nan;
 }
 
+template <class Real>
+FM_HD inline Real absolute(Real x) {
+    return bit_cast<Real>(key_of(x));
+}
+
 // ---- loads and stores of a run of elements -------------------------------------------------------------
 
 template <class Real>
-inline void load_run(const void* p, DType t, int64_t first, int m, Real* out) {
+FM_HD inline void load_run(const void* p, DType t, int64_t first, int m, Real* out) {
     switch (t) {
         case DType::F64: {
             const double* q = static_cast<const double*>(p) + first;
@@ -162,7 +169,7 @@ FM_HD inline float for_narrow(double x) {
 }
 
 template <class Real>
-inline void store_run(const Real* in, void* p, DType t, int64_t first, int m) {
+FM_HD inline void store_run(const Real* in, void* p, DType t, int64_t first, int m) {
     switch (t) {
         case DType::F64: {
             double* q = static_cast<double*>(p) + first;

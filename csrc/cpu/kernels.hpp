@@ -4,18 +4,6 @@
 
 namespace fastmerge {
 
-/// Ranks of |delta| within rows (or the tensor) for a ranked drop, over one chunk.
-struct Ranks {
-    const uint32_t* rank = nullptr;  // [K, n], unused when by_value
-    const double* low = nullptr;     // [K, units] least |delta|, when by_value
-    const double* high = nullptr;    // [K, units] largest |delta|, when by_value
-    int64_t unit = 1;                // elements of a unit
-    // What the ranked drop leaves instead of ranks, a bit each: of expert k and chunk index i, bit i % 64 of
-    // kept[k * stride + i / 64].
-    const uint64_t* kept = nullptr;
-    int64_t stride = 0;
-};
-
 enum class Moment : int32_t { Abs = 0, Square = 1, Max = 2 };
 
 constexpr int RANK_BINS = 512;

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "core/stages.hpp"
+#include "core/walk.hpp"
 #include "cpu/kernels.hpp"
 
 namespace fastmerge {
@@ -19,132 +19,16 @@ inline int block_length(const Operands& in, int64_t i, int64_t b, bool split_row
     return int(std::min(m, b - i));
 }
 
-inline bool splits_rows(const Keep& k) {
-    return (k.trim.value && k.trim.axis == Axis::Row) || (k.remove.value && k.remove.axis == Axis::Row);
-}
-
-/// Keep probabilities of expert k's block by rank or by value; see docs/numerics.md.
-template <class Real>
-inline void rank_probability(const Keep& plan, const Operands& in, const Ranks& ranks, int k, int64_t i,
-                             int m, const Real* d, double* p) {
-    const double low = plan.p_low[k], span = plan.p_high[k] - plan.p_low[k];
-    for (int j = 0; j < m; ++j) {
-        double q = 0.5;
-        if (plan.by_value) {
-            const int64_t units = in.n / ranks.unit, u = (i + j) / ranks.unit;
-            const double lo = ranks.low[k * units + u], hi = ranks.high[k * units + u];
-            const double width = hi - lo;
-            const double denominator = width + 1e-7;
-            q = (double(absolute(d[j])) - lo) / denominator;
-        } else if (ranks.unit > 1) {
-            q = double(ranks.rank[int64_t(k) * in.n + i + j]) / double(ranks.unit - 1);
-        }
-        const double rise = span * q;
-        p[j] = low + rise;
-    }
-}
-
-/// One block of every expert, in order: f(k, d, v, keep, scaled) with v the kept delta (rescaled if scaled).
-template <class Real, class F>
-inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t i, int m,
-                          const Real* base, F&& f) {
-    const bool plain = !keep.any();
-    Keep rest = keep;
-    if (ranks.kept) rest.drop = DropKind::None;  // decided already
-    Mask<Real> select[BLOCK];
-    if (keep.select.value) {
-        Real var[BLOCK];
-        variance_block(in, i, m, base, var);
-        for (int j = 0; j < BLOCK; ++j) select[j] = ~Mask<Real>(0);
-        apply_cut(keep.select.value[0], keep.select.last_tie[0], true, in.start + i, var, select);
-    }
-    bool bad = false;
-    for (int k = 0; k < in.n_experts; ++k) {
-        Real d[BLOCK], v[BLOCK], inv[BLOCK];
-        Mask<Real> kept[BLOCK];
-        bad |= load_delta(in, k, i, m, base, d);
-        if (plain) {
-            f(k, d, d, static_cast<const Mask<Real>*>(nullptr), static_cast<const Real*>(nullptr));
-            continue;
-        }
-        double p[BLOCK];
-        if (rest.drop == DropKind::Ranked) rank_probability(keep, in, ranks, k, i, m, d, p);
-        const bool scaled = keep_block(rest, in.cols, k, in.start, i, m, d,
-                                       keep.select.value ? select : nullptr, p, kept, inv);
-        if (ranks.kept)
-            for (int j = 0; j < m; ++j) {
-                const uint64_t word = ranks.kept[int64_t(k) * ranks.stride + (i + j) / 64];
-                kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
-            }
-        for (int j = 0; j < BLOCK; ++j) v[j] = d[j];
-        zero_dropped<Real>(kept, v);
-        f(k, d, v, kept, scaled ? inv : nullptr);
-    }
-    return bad;
-}
-
-/// Coefficients of a block: one for all its elements, or one per column.
-template <class Real>
-inline void weigh(const WalkPlan& plan, const Operands& in, int k, int64_t i, int m, const Real* v,
-                  Real* value) {
-    const double* c = plan.coefficient + int64_t(k) * plan.units;
-    if (plan.axis == Axis::Column) {
-        Real coefficient[BLOCK] = {};
-        for (int j = 0; j < m; ++j) coefficient[j] = Real(c[(in.start + i + j) % in.cols]);
-        for (int j = 0; j < BLOCK; ++j) value[j] = v[j] * coefficient[j];
-        return;
-    }
-    const Real coefficient = Real(c[unit_of(plan.axis, in.start + i, in.cols)]);
-    for (int j = 0; j < BLOCK; ++j) value[j] = v[j] * coefficient;
-}
-
+/// Merge elements [a, b) of the chunk block by block.
 template <class Real>
 bool walk_range(const WalkPlan& plan, const Operands& in, const Ranks& ranks, int64_t a, int64_t b, void* out,
                 DType out_type) {
     const bool split = splits_rows(plan.keep) || plan.axis == Axis::Row;
-    const Real lambda = Real(plan.lambda), divisor = Real(plan.divisor), floor = Real(plan.floor);
     bool bad = false;
     for (int64_t i = a; i < b;) {
         const int m = block_length(in, i, b, split);
-        Real base[BLOCK], merged[BLOCK];
-        if (in.base) bad |= load_block<Real>(in.base, in.base_type, i, m, base);
-        if (in.n_experts == 0) {  // nothing to merge: the base itself
-            store_run(base, out, out_type, i, m);
-            i += m;
-            continue;
-        }
-        Camps<Real> camps;
-        if (plan.vote != Vote::None) camps.clear();
-        bad |= visit_experts<Real>(
-            plan.keep, in, ranks, i, m, base,
-            [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inv) {
-                Real v[BLOCK], value[BLOCK];
-                if (inv)
-                    for (int j = 0; j < BLOCK; ++j) v[j] = kept[j] * inv[j];
-                else
-                    for (int j = 0; j < BLOCK; ++j) v[j] = kept[j];
-                weigh(plan, in, k, i, m, v, value);
-                if (plan.vote != Vote::None) {
-                    const Real w = plan.divisor_weight ? Real(plan.divisor_weight[k]) : Real(1);
-                    const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
-                    add_to_camps(plan.vote, plan.take_max, w, s, v, value, camps);
-                } else if (k == 0) {
-                    for (int j = 0; j < BLOCK; ++j) merged[j] = value[j];
-                } else if (plan.take_max) {
-                    for (int j = 0; j < BLOCK; ++j)
-                        merged[j] = order_key(value[j]) > order_key(merged[j]) ? value[j] : merged[j];
-                } else {
-                    for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] + value[j];
-                }
-            });
-        if (plan.vote != Vote::None)
-            elect_block(plan.vote, plan.on_zero, plan.divide, divisor, floor, camps, merged);
-        else if (plan.divide == Divide::Constant)
-            for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] / divisor;
-        if (plan.lambda != 1.0)
-            for (int j = 0; j < BLOCK; ++j) merged[j] = merged[j] * lambda;
-        if (plan.add_base)
-            for (int j = 0; j < BLOCK; ++j) merged[j] = base[j] + merged[j];
+        Real merged[BLOCK];
+        bad |= walk_block<Real>(plan, in, ranks, i, m, merged);
         store_run(merged, out, out_type, i, m);
         i += m;
     }
@@ -252,23 +136,7 @@ int64_t sign_balance_range(const WalkPlan& plan, const Operands& in, const Ranks
     int64_t balance = 0;
     for (int64_t i = a; i < b;) {
         const int m = block_length(in, i, b, split);
-        Real base[BLOCK];
-        if (in.base) load_block<Real>(in.base, in.base_type, i, m, base);
-        Camps<Real> camps;
-        camps.clear();
-        visit_experts<Real>(plan.keep, in, ranks, i, m, base,
-                            [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inv) {
-                                Real v[BLOCK], value[BLOCK];
-                                for (int j = 0; j < BLOCK; ++j) v[j] = inv ? kept[j] * inv[j] : kept[j];
-                                weigh(plan, in, k, i, m, v, value);
-                                const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
-                                add_to_camps(plan.vote, false, Real(1), s, v, value, camps);
-                            });
-        for (int j = 0; j < m; ++j) {
-            const Real total =
-                plan.vote == Vote::NormFrac ? camps.best_vote[j] : camps.plus_votes[j] + camps.minus_votes[j];
-            balance += int(total > 0) - int(!(total >= 0));
-        }
+        balance += balance_block<Real>(plan, in, ranks, i, m);
         i += m;
     }
     return balance;
