@@ -22,7 +22,8 @@ FM_HD inline Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32
 }
 
 FM_HD inline Philox4 philox_block(uint64_t key, uint64_t counter) {
-    return philox4x32_10(uint32_t(counter), uint32_t(counter >> 32), 0, 0, uint32_t(key), uint32_t(key >> 32));
+    return philox4x32_10(uint32_t(counter), uint32_t(counter >> 32), 0, 0, uint32_t(key),
+                         uint32_t(key >> 32));
 }
 
 /// Word `w` of a block, without an index into registers.

@@ -40,7 +40,9 @@ struct Keep {
     bool rescale = false;
     const uint8_t* const* given = nullptr;  // [K] pointers to [n], or null
 
-    FM_HD bool any() const { return trim.value || remove.value || select.value || drop != DropKind::None || given; }
+    FM_HD bool any() const {
+        return trim.value || remove.value || select.value || drop != DropKind::None || given;
+    }
 };
 
 /// Ranks of |delta| within rows (or the tensor) for a ranked drop, over one chunk.

@@ -41,18 +41,19 @@ FM_HD inline bool load_delta(const Operands& in, int k, int64_t i, int m, const 
     return bad;
 }
 
-/// Population variance over experts of a block of deltas.
-template <class Real, int N = BLOCK>
-FM_HD inline void variance_block(const Operands& in, int64_t i, int m, const Real* base, Real* var) {
-    const int K = in.n_experts;
+/// Population variance over K experts; load(k, d) gives their deltas, twice.
+template <class Real, int N, class Load>
+FM_HD inline void variance_of(int K, Load&& load, Real* var) {
     Real mean[N], d[N];
+    FM_UNROLL
     for (int k = 0; k < K; ++k) {
-        load_delta<Real, N>(in, k, i, m, base, d);
+        load(k, d);
         for (int j = 0; j < N; ++j) mean[j] = k == 0 ? d[j] : mean[j] + d[j];
     }
     for (int j = 0; j < N; ++j) mean[j] = mean[j] / Real(K);
+    FM_UNROLL
     for (int k = 0; k < K; ++k) {
-        load_delta<Real, N>(in, k, i, m, base, d);
+        load(k, d);
         for (int j = 0; j < N; ++j) {
             const Real e = d[j] - mean[j];
             const Real square = e * e;
@@ -60,6 +61,11 @@ FM_HD inline void variance_block(const Operands& in, int64_t i, int m, const Rea
         }
     }
     for (int j = 0; j < N; ++j) var[j] = var[j] / Real(K);
+}
+template <class Real, int N = BLOCK>
+FM_HD inline void variance_block(const Operands& in, int64_t i, int m, const Real* base, Real* var) {
+    variance_of<Real, N>(
+        in.n_experts, [&](int k, Real* d) { load_delta<Real, N>(in, k, i, m, base, d); }, var);
 }
 
 // ---- keep ----------------------------------------------------------------------------------------------
@@ -115,11 +121,13 @@ FM_HD inline KeyCut<Real> cut_of(const Cut& cut, int k, int64_t first, int64_t c
     return key_cut<Real>(cut.value[at], cut.last_tie[at]);
 }
 
-/// 16-bit draws of elements [i, i + m), m <= N: element e uses block e >> 3, half-word e & 7.
+/// 16-bit draws of elements [i, i + m), m <= N: element e uses block e >> 3, half-word e & 7. Runs of N < 64
+/// are whole and begin at a multiple of N.
 template <int N>
 FM_HD inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
-    if constexpr (N == 1) {
-        out[0] = half_of(philox_block(key, uint64_t(i) >> 3), int(i & 7));
+    if constexpr (N <= 8) {
+        const Philox4 r = philox_block(key, uint64_t(i) >> 3);
+        for (int j = 0; j < N; ++j) out[j] = half_of(r, (N == 8 ? 0 : int(i & 7)) + j);
     } else {
 #if !defined(__CUDACC__)
         draws16_lanes(key, i, m, out);
@@ -127,12 +135,20 @@ FM_HD inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
     }
 }
 
-/// 32-bit draws of elements [i, i + m), m <= N: element e uses block e >> 2, word e & 3.
+/// 32-bit draws, likewise: element e uses block e >> 2, word e & 3.
 template <int N>
 FM_HD inline void draws32(uint64_t key, int64_t i, int m, uint32_t* out) {
-    for (int j = 0; j < (N == 1 ? 1 : m);) {
-        const Philox4 r = philox_block(key, uint64_t(i + j) >> 2);
-        for (int w = int((i + j) & 3); w < 4 && j < (N == 1 ? 1 : m); ++w, ++j) out[j] = word_of(r, w);
+    if constexpr (N <= 8) {
+        Philox4 r = philox_block(key, uint64_t(i) >> 2);
+        for (int j = 0; j < N; ++j) {
+            if (j == 4) r = philox_block(key, (uint64_t(i) >> 2) + 1);
+            out[j] = word_of(r, N == 1 ? int(i & 3) : j & 3);
+        }
+    } else {
+        for (int j = 0; j < m;) {
+            const Philox4 r = philox_block(key, uint64_t(i + j) >> 2);
+            for (int w = int((i + j) & 3); w < 4 && j < m; ++w, ++j) out[j] = word_of(r, w);
+        }
     }
 }
 
@@ -166,9 +182,9 @@ struct DrawRule {
 /// @param inv     [N] the drop's rescale factors, written when it rescales
 /// @return whether `inv` was written
 template <class Real, int N = BLOCK>
-FM_HD inline bool keep_block(const Keep& plan, DropKind drop, int64_t cols, int k, int64_t chunk_start, int64_t i, int m,
-                       const Real* d, const Mask<Real>* select, const double* p_rank, Mask<Real>* keep,
-                       Real* inv) {
+FM_HD inline bool keep_block(const Keep& plan, DropKind drop, int64_t cols, int k, int64_t chunk_start,
+                             int64_t i, int m, const Real* d, const Mask<Real>* select, const double* p_rank,
+                             Mask<Real>* keep, Real* inv) {
     const int64_t first = chunk_start + i;
     for (int j = 0; j < N; ++j) keep[j] = ~Mask<Real>(0);
     if (plan.trim.value) apply_cut<Real, N>(cut_of<Real>(plan.trim, k, first, cols), true, first, d, keep);
@@ -251,7 +267,7 @@ struct Camps {
 /// Add expert k's block: v are kept deltas, value = v * coefficient.
 template <class Real, int N = BLOCK>
 FM_HD inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, const Real* v,
-                         const Real* value, Camps<Real, N>& c) {
+                               const Real* value, Camps<Real, N>& c) {
     Real vote[N];
     switch (by) {
         case Vote::Mass:
@@ -302,7 +318,7 @@ FM_HD inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_sc
 /// The elected camp's value over its divisor: a constant, the camp's weight, or none.
 template <class Real, int N = BLOCK>
 FM_HD inline void elect_block(Vote by, OnZero on_zero, Divide divide, Real divisor, Real floor,
-                        const Camps<Real, N>& c, Real* merged) {
+                              const Camps<Real, N>& c, Real* merged) {
     for (int j = 0; j < N; ++j) {
         const Real total = by == Vote::NormFrac ? c.best_vote[j] : c.plus_votes[j] + c.minus_votes[j];
         const bool zero = total == 0;

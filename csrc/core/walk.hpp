@@ -1,5 +1,5 @@
-// A run of N neighbouring coordinates through all stages of a plan, whatever it asks for. Fast paths of csrc/cpu
-// and csrc/cuda do the same for the plans that most merges use; everything else comes here.
+// A run of N neighbouring coordinates through all stages of a plan, whatever it asks for. Fast paths of
+// csrc/cpu and csrc/cuda do the same for the plans that most merges use; everything else comes here.
 #pragma once
 #include "core/stages.hpp"
 
@@ -29,21 +29,45 @@ FM_HD inline double rank_share(const Keep& plan, const Operands& in, const Ranks
     return double(ranks.rank[int64_t(k) * in.n + i]) / double(ranks.unit - 1);
 }
 
-/// A run of every expert, in order: f(k, d, v, keep, inverse) with v the kept delta, not yet rescaled; keep is
-/// null where everything is kept, inverse where nothing is rescaled. True if an expert is not finite.
+/// What the keep stages leave of expert k's deltas d. select: what the variance selects, or null; inverse:
+/// the rescale factors, written if the answer is true.
+template <class Real, int N = BLOCK>
+FM_HD inline bool keep_expert(const Keep& keep, const Operands& in, const Ranks& ranks, int k, int64_t i,
+                              int m, const Real* d, const Mask<Real>* select, Mask<Real>* kept,
+                              Real* inverse) {
+    const DropKind drop = ranks.kept ? DropKind::None : keep.drop;  // decided already
+    double p[N];
+    if (drop == DropKind::Ranked)
+        for (int j = 0; j < (N == 1 ? 1 : m); ++j)
+            p[j] = ranked_probability(keep, k, rank_share(keep, in, ranks, k, i + j, double(absolute(d[j]))));
+    const bool scaled =
+        keep_block<Real, N>(keep, drop, in.cols, k, in.start, i, m, d, select, p, kept, inverse);
+    if (ranks.kept)
+        for (int j = 0; j < (N == 1 ? 1 : m); ++j) {
+            const uint64_t word = ranks.kept[int64_t(k) * ranks.stride + (i + j) / 64];
+            kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
+        }
+    return scaled;
+}
+
+/// What the variance selects of a run.
+template <class Real, int N = BLOCK>
+FM_HD inline void select_block(const Keep& keep, const Operands& in, int64_t i, int m, const Real* base,
+                               Mask<Real>* select) {
+    Real var[N];
+    variance_block<Real, N>(in, i, m, base, var);
+    for (int j = 0; j < N; ++j) select[j] = ~Mask<Real>(0);
+    apply_cut<Real, N>(cut_of<Real>(keep.select, 0, in.start + i, in.cols), true, in.start + i, var, select);
+}
+
+/// A run of every expert, in order: f(k, d, v, keep, inverse) with v the kept delta, not yet rescaled; keep
+/// is null where everything is kept, inverse where nothing is rescaled. True if an expert is not finite.
 template <class Real, int N = BLOCK, class F>
 FM_HD inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t i, int m,
                                 const Real* base, F&& f) {
     const bool plain = !keep.any() && !ranks.kept;
-    const DropKind drop = ranks.kept ? DropKind::None : keep.drop;  // decided already
     Mask<Real> select[N];
-    if (keep.select.value) {
-        Real var[N];
-        variance_block<Real, N>(in, i, m, base, var);
-        for (int j = 0; j < N; ++j) select[j] = ~Mask<Real>(0);
-        apply_cut<Real, N>(cut_of<Real>(keep.select, 0, in.start + i, in.cols), true, in.start + i, var,
-                           select);
-    }
+    if (keep.select.value) select_block<Real, N>(keep, in, i, m, base, select);
     bool bad = false;
     for (int k = 0; k < in.n_experts; ++k) {
         Real d[N], v[N], inv[N];
@@ -53,18 +77,8 @@ FM_HD inline bool visit_experts(const Keep& keep, const Operands& in, const Rank
             f(k, d, d, static_cast<const Mask<Real>*>(nullptr), static_cast<const Real*>(nullptr));
             continue;
         }
-        double p[N];
-        if (drop == DropKind::Ranked)
-            for (int j = 0; j < m; ++j)
-                p[j] = ranked_probability(keep, k,
-                                          rank_share(keep, in, ranks, k, i + j, double(absolute(d[j]))));
-        const bool scaled = keep_block<Real, N>(keep, drop, in.cols, k, in.start, i, m, d,
-                                                keep.select.value ? select : nullptr, p, kept, inv);
-        if (ranks.kept)
-            for (int j = 0; j < m; ++j) {
-                const uint64_t word = ranks.kept[int64_t(k) * ranks.stride + (i + j) / 64];
-                kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
-            }
+        const bool scaled = keep_expert<Real, N>(keep, in, ranks, k, i, m, d,
+                                                 keep.select.value ? select : nullptr, kept, inv);
         for (int j = 0; j < N; ++j) v[j] = d[j];
         zero_dropped<Real, N>(kept, v);
         f(k, d, v, kept, scaled ? inv : nullptr);
@@ -160,14 +174,13 @@ FM_HD inline int64_t balance_block(const WalkPlan& plan, const Operands& in, con
     if (in.base) load_block<Real, N>(in.base, in.base_type, i, m, base);
     Camps<Real, N> camps;
     camps.clear();
-    visit_experts<Real, N>(
-        plan.keep, in, ranks, i, m, base,
-        [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inverse) {
-            Real v[N], value[N];
-            rescale_and_weigh<Real, N>(plan, in, k, i, m, kept, inverse, v, value);
-            const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
-            add_to_camps<Real, N>(plan.vote, false, Real(1), s, v, value, camps);
-        });
+    visit_experts<Real, N>(plan.keep, in, ranks, i, m, base,
+                           [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inverse) {
+                               Real v[N], value[N];
+                               rescale_and_weigh<Real, N>(plan, in, k, i, m, kept, inverse, v, value);
+                               const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
+                               add_to_camps<Real, N>(plan.vote, false, Real(1), s, v, value, camps);
+                           });
     int64_t balance = 0;
     for (int j = 0; j < m; ++j) {
         const Real total =

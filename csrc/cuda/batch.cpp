@@ -1,0 +1,184 @@
+#include "cuda/batch.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fastmerge {
+namespace {
+
+/// Arrays one behind another; written when there is memory to write to, else only measured.
+class Image {
+  public:
+    Image(void* host, uintptr_t device) : host_(static_cast<char*>(host)), device_(device) {}
+
+    template <class T>
+    const T* put(const T* from, size_t n) {
+        if (!from) return nullptr;
+        used_ = (used_ + 15) / 16 * 16;
+        if (host_) std::memcpy(host_ + used_, from, n * sizeof(T));
+        const T* at = reinterpret_cast<const T*>(device_ + used_);
+        used_ += n * sizeof(T);
+        return at;
+    }
+    size_t used() const { return used_; }
+
+  private:
+    char* host_;
+    uintptr_t device_;
+    size_t used_ = 0;
+};
+
+Cut placed(const Cut& cut, size_t n_experts, Image& image) {
+    Cut at = cut;
+    at.value = image.put(cut.value, n_experts * size_t(cut.units));
+    at.last_tie = image.put(cut.last_tie, n_experts * size_t(cut.units));
+    return at;
+}
+
+/// The job with its arrays in the image.
+Job placed(const Job& job, Image& image) {
+    Job at = job;
+    const size_t k = size_t(job.in.n_experts);
+    at.in.expert = image.put(job.in.expert, k);
+    at.in.expert_type = image.put(job.in.expert_type, k);
+    const Keep& keep = job.plan.keep;
+    Keep& kept = at.plan.keep;
+    kept.trim = placed(keep.trim, k, image), kept.remove = placed(keep.remove, k, image);
+    kept.select = placed(keep.select, 1, image);
+    kept.p_low = image.put(keep.p_low, k), kept.p_high = image.put(keep.p_high, k);
+    kept.key = image.put(keep.key, k);
+    kept.given = image.put(keep.given, k);
+    at.plan.coefficient = image.put(job.plan.coefficient, k * size_t(job.plan.units));
+    at.plan.vote_scale = image.put(job.plan.vote_scale, k);
+    at.plan.divisor_weight = image.put(job.plan.divisor_weight, k);
+    return at;
+}
+
+bool is_narrow(DType t) {
+    return t == DType::F16 || t == DType::BF16;
+}
+
+bool is_aligned(const void* p, DType t, int64_t first, int width) {
+    // A vector load takes `width` elements, at most 16 bytes at once.
+    const int64_t bytes = std::min<int64_t>(16, int64_t(width) * itemsize(t));
+    return (reinterpret_cast<uintptr_t>(p) + uintptr_t(first * itemsize(t))) % uintptr_t(bytes) == 0;
+}
+
+/// The kernel that can take whole runs of the job.
+Variant variant_of(const Job& job, bool f64) {
+    Variant v;
+    v.f64 = f64;
+    const WalkPlan& plan = job.plan;
+    const Operands& in = job.in;
+    const Keep& keep = plan.keep;
+    const int k = in.n_experts;
+    bool plain = !f64 && k >= 1 && plan.axis == Axis::Tensor && !keep.given && job.out_type != DType::F64;
+    plain &= keep.drop != DropKind::Ranked;
+    bool narrow = !in.base || is_narrow(in.base_type);
+    for (int e = 0; e < k; ++e) {
+        narrow &= is_narrow(in.expert_type[e]);
+        if (keep.drop == DropKind::Uniform && keep.p_low[e] > 0 && keep.p_low[e] < 1)
+            plain &= keep.p_low[e] >= 0.005 && keep.p_low[e] <= 0.995;  // 16-bit draws
+    }
+    if (plan.vote == Vote::None) plain &= !plan.take_max;
+    if (!plain) return v;
+    v.narrow = narrow;
+    constexpr int counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16};
+    v.unrolled = 0;
+    if (k <= MOST_UNROLLED) v.unrolled = *std::lower_bound(counts, counts + 10, k);
+    v.election = plan.vote == Vote::None                        ? Election::None
+                 : plan.vote == Vote::Mass && !plan.take_max ? Election::Mass
+                                                                : Election::Other;
+    // Only some kernels of experts in registers look at the variance.
+    if (keep.select.value && v.election != Election::Other) v.unrolled = 0;
+    return v;
+}
+
+/// Whether the last tie of a cut lies in [first, end), so that equal keys there are on both sides, or the cut may
+/// differ from run to run.
+bool is_split(const Cut& cut, int n_experts, int64_t first, int64_t end) {
+    if (!cut.value) return false;
+    if (cut.axis != Axis::Tensor) return true;
+    for (int k = 0; k < n_experts; ++k) {
+        const double value = cut.value[k * cut.units];
+        const int64_t tie = cut.last_tie[k * cut.units];
+        if (value >= 0 && tie >= first && tie < end - 1) return true;
+    }
+    return false;
+}
+
+/// Elements to leave out at the beginning so that runs of `width` are aligned everywhere; -1 if there is none.
+int64_t head_of(const Job& job, int width) {
+    const Operands& in = job.in;
+    const auto by_row = [&](const Cut& cut) { return cut.value && cut.axis == Axis::Row; };
+    if ((by_row(job.plan.keep.trim) || by_row(job.plan.keep.remove)) && in.cols % width) return -1;
+    const int64_t head = (width - in.start % width) % width;
+    if (job.ranks.kept && head) return -1;
+    bool fits = is_aligned(job.out, job.out_type, head, width);
+    if (in.base) fits &= is_aligned(in.base, in.base_type, head, width);
+    for (int k = 0; k < in.n_experts; ++k) fits &= is_aligned(in.expert[k], in.expert_type[k], head, width);
+    return fits ? head : -1;
+}
+
+}  // namespace
+
+std::vector<Piece>& Batch::pieces_of(const Variant& variant, int n_experts) {
+    for (Group& g : groups_)
+        if (g.variant == variant) {
+            g.most_experts = std::max(g.most_experts, n_experts);
+            return g.pieces;
+        }
+    groups_.push_back({variant, n_experts, {}});
+    return groups_.back().pieces;
+}
+
+void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job) {
+    const Operands& in = jobs_[size_t(job)].in;
+    const Keep& keep = jobs_[size_t(job)].plan.keep;
+    for (int64_t a = begin; a < end; a += PIECE) {
+        const Piece piece = {a, std::min(a + PIECE, end), job};
+        Variant v = variant;
+        if (v.unrolled > 0 && (is_split(keep.trim, n_experts, in.start + a, in.start + piece.end) ||
+                               is_split(keep.remove, n_experts, in.start + a, in.start + piece.end) ||
+                               is_split(keep.select, 1, in.start + a, in.start + piece.end)))
+            v.unrolled = 0;
+        pieces_of(v, n_experts).push_back(piece);
+    }
+}
+
+void Batch::add(const Job& job, bool f64) {
+    const int j = int(jobs_.size()), k = job.in.n_experts;
+    jobs_.push_back(job);
+    if (!job.out || job.in.n == 0) return;
+    const Variant fast = variant_of(job, f64);
+    Variant rest;
+    rest.f64 = f64;
+    const int width = fast.narrow ? 8 : 4;
+    const int64_t head = fast.unrolled >= 0 ? head_of(job, width) : -1;
+    if (head < 0 || head >= job.in.n) return cut(rest, k, 0, job.in.n, j);
+    const int64_t tail = head + (job.in.n - head) / width * width;
+    if (head > 0) cut(rest, k, 0, head, j);
+    if (head < tail) cut(fast, k, head, tail, j);
+    if (tail < job.in.n) cut(rest, k, tail, job.in.n, j);
+}
+
+size_t Batch::size() const {
+    Image image(nullptr, 0);
+    for (const Job& job : jobs_) placed(job, image);
+    image.put(jobs_.data(), jobs_.size());
+    for (const Group& g : groups_) image.put(g.pieces.data(), g.pieces.size());
+    return image.used();
+}
+
+void Batch::fill(void* host, uintptr_t device) {
+    Image image(host, device);
+    std::vector<Job> at;
+    for (const Job& job : jobs_) at.push_back(placed(job, image));
+    device_jobs_ = image.put(at.data(), at.size());
+    launches_.clear();
+    for (const Group& g : groups_)
+        launches_.push_back(
+            {g.variant, image.put(g.pieces.data(), g.pieces.size()), int(g.pieces.size()), g.most_experts});
+}
+
+}  // namespace fastmerge

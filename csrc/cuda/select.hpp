@@ -1,0 +1,58 @@
+// Launchers of csrc/cuda/select.cu: exact rank cuts by radix selection, and ranks within rows. Memory and stream
+// are the caller's; nothing allocates or waits.
+#pragma once
+#include "cuda/job.hpp"
+#include "cuda/launch.cuh"
+
+namespace fastmerge {
+namespace cuda {
+
+constexpr int DIGIT_BINS = 2048;
+
+/// Digits of a key, most significant first.
+FM_HD constexpr int n_digits(bool f64) {
+    return f64 ? 6 : 3;
+}
+FM_HD constexpr int digit_width(bool f64, int d) {
+    return d < (f64 ? 3 : 1) ? 11 : 10;
+}
+FM_HD constexpr int digit_shift(bool f64, int d) {
+    int shift = f64 ? 63 : 31;
+    for (int e = 0; e <= d; ++e) shift -= digit_width(f64, e);
+    return shift;
+}
+
+/// What is being selected: targets [n_ranks, n_keys], of each expert's |delta|, or of the variance (n_keys is 1).
+struct Selection {
+    int n_keys = 1, n_ranks = 1;
+    bool variance = false, all_ties = false, f64 = false;
+    double fraction = -1;  // of the nonzero elements, when >= 0
+    Target* targets = nullptr;
+    unsigned long long* bins = nullptr;     // [n_ranks, n_keys, DIGIT_BINS], zeros
+    unsigned long long* nonzero = nullptr;  // [n_keys], zeros
+    uint32_t* equal = nullptr;              // [n_ranks, n_keys, pieces of the flattened order], zeros
+    int64_t n_pieces = 0;
+};
+
+/// Count digit d of a chunk's keys; then choose it once all chunks are counted.
+cudaError_t count_digits(const Job* job, const Operands& in, const Selection& s, int d, cudaStream_t stream);
+cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream);
+/// Count keys equal to the cuts by piece of the flattened order, in which the chunk begins at `offset`; then find
+/// each cut's piece; then, of chunks in order, its last tie.
+cudaError_t count_equals(const Job* job, const Operands& in, const Selection& s, int64_t offset,
+                         cudaStream_t stream);
+cudaError_t locate_ties(const Selection& s, cudaStream_t stream);
+cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaStream_t stream);
+/// Everything for units of `unit` elements in one launch, a block each: targets [n_ranks, n_keys, units] of the
+/// whole tensor; the chunk holds those from in.start / unit on.
+cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
+                         cudaStream_t stream);
+
+/// Write the keys of |delta|: [K, n] of 4 bytes, or of 8 for float64.
+cudaError_t order_keys(const Job* job, const Operands& in, bool f64, void* keys, cudaStream_t stream);
+/// Ranks of |delta| within rows of float32 deltas, [K, n]. scratch: bytes of rank_scratch.
+int64_t rank_scratch(const Operands& in);
+cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace fastmerge
