@@ -137,6 +137,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)
 template <class T>
 cudaError_t cudaMalloc(T** p, size_t n_bytes) {
     void* memory = nullptr;
+    *p = nullptr;
     if (n_bytes && posix_memalign(&memory, 256, n_bytes) != 0) return cudaErrorMemoryAllocation;
     if (memory) memset(memory, fastmerge::emulate::garbage, n_bytes);
     return *p = static_cast<T*>(memory), cudaSuccess;
