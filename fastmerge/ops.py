@@ -67,7 +67,7 @@ def _load_cpu(device: str) -> Kernels:
 def _load_cuda(device: str) -> Kernels:
     from fastmerge.backends.cuda import CudaKernels
 
-    return CudaKernels(device)  # type: ignore[abstract]
+    return CudaKernels(device)
 
 
 def _load_triton(device: str) -> Kernels:

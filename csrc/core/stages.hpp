@@ -44,7 +44,7 @@ FM_HD inline bool load_delta(const Operands& in, int k, int64_t i, int m, const 
 /// Population variance over K experts; load(k, d) gives their deltas, twice.
 template <class Real, int N, class Load>
 FM_HD inline void variance_of(int K, Load&& load, Real* var) {
-    Real mean[N], d[N];
+    Real mean[N] = {}, d[N];
     FM_UNROLL
     for (int k = 0; k < K; ++k) {
         load(k, d);
@@ -268,7 +268,7 @@ struct Camps {
 template <class Real, int N = BLOCK>
 FM_HD inline void add_to_camps(Vote by, bool take_max, Real weight, Real vote_scale, const Real* v,
                                const Real* value, Camps<Real, N>& c) {
-    Real vote[N];
+    Real vote[N] = {};
     switch (by) {
         case Vote::Mass:
             for (int j = 0; j < N; ++j) vote[j] = value[j];

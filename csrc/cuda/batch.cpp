@@ -86,16 +86,16 @@ Variant variant_of(const Job& job, bool f64) {
     constexpr int counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16};
     v.unrolled = 0;
     if (k <= MOST_UNROLLED) v.unrolled = *std::lower_bound(counts, counts + 10, k);
-    v.election = plan.vote == Vote::None                        ? Election::None
+    v.election = plan.vote == Vote::None                     ? Election::None
                  : plan.vote == Vote::Mass && !plan.take_max ? Election::Mass
-                                                                : Election::Other;
+                                                             : Election::Other;
     // Only some kernels of experts in registers look at the variance.
     if (keep.select.value && v.election != Election::Other) v.unrolled = 0;
     return v;
 }
 
-/// Whether the last tie of a cut lies in [first, end), so that equal keys there are on both sides, or the cut may
-/// differ from run to run.
+/// Whether the last tie of a cut lies in [first, end), so that equal keys there are on both sides, or the cut
+/// may differ from run to run.
 bool is_split(const Cut& cut, int n_experts, int64_t first, int64_t end) {
     if (!cut.value) return false;
     if (cut.axis != Axis::Tensor) return true;
@@ -107,7 +107,8 @@ bool is_split(const Cut& cut, int n_experts, int64_t first, int64_t end) {
     return false;
 }
 
-/// Elements to leave out at the beginning so that runs of `width` are aligned everywhere; -1 if there is none.
+/// Elements to leave out at the beginning so that runs of `width` are aligned everywhere; -1 if there is
+/// none.
 int64_t head_of(const Job& job, int width) {
     const Operands& in = job.in;
     const auto by_row = [&](const Cut& cut) { return cut.value && cut.axis == Axis::Row; };

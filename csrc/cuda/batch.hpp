@@ -9,8 +9,8 @@ namespace fastmerge {
 
 class Batch {
   public:
-    /// Take a job: what its plan and operands point to is read by `fill`, but operands, given masks, ranks, out and
-    /// bad, which are device addresses.
+    /// Take a job: what its plan and operands point to is read by `fill`, but operands, given masks, ranks,
+    /// out and bad, which are device addresses.
     void add(const Job& job, bool f64);
     /// Bytes of the image.
     size_t size() const;

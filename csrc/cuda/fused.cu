@@ -1,8 +1,7 @@
 // The walk element by element, for whatever a plan asks for, and what else goes by the keep stages: masks,
 // decided bits, probabilities, the balance of signs. docs/numerics.md is the definition.
-#include "cuda/fused.hpp"
-
 #include "cuda/fused.cuh"
+#include "cuda/fused.hpp"
 #include "cuda/grid.cuh"
 
 namespace fastmerge {
@@ -10,7 +9,8 @@ namespace cuda {
 namespace {
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) walk_each_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
+__global__ void __launch_bounds__(THREADS, 1)
+    walk_each_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
     for (int at = int(blockIdx.x); at < n_pieces; at += int(gridDim.x)) {
         const Piece piece = pieces[at];
         const Job& job = jobs[piece.job];
@@ -78,6 +78,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x % 32 == 0 && mine) atomicAdd(balance, static_cast<unsigned long long>(mine));
 }
 
+__global__ void philox_kernel(uint32_t* w) {
+    const Philox4 r = philox4x32_10(w[0], w[1], w[2], w[3], w[4], w[5]);
+    for (int j = 0; j < 4; ++j) w[j] = r.w[j];
+}
+
 template <class... P, class... A>
 cudaError_t over_elements(void (*kernel)(P...), int64_t n, cudaStream_t stream, A... arguments) {
     const dim3 grid(resident_blocks(kernel, divide_up(n, THREADS), 0));
@@ -92,8 +97,8 @@ cudaError_t run_walks(const Batch& batch, cudaStream_t stream) {
         cudaError_t status = cudaSuccess;
         if (l.variant.unrolled < 0) {
             const auto kernel = l.variant.f64 ? walk_each_kernel<double> : walk_each_kernel<float>;
-            status = launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, 0)), dim3(THREADS), 0, stream, jobs,
-                            l.pieces, l.n_pieces);
+            status = launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, 0)), dim3(THREADS), 0, stream,
+                            jobs, l.pieces, l.n_pieces);
         } else if (l.variant.election == Election::None) {
             status = run_walks_none(l, jobs, stream);
         } else if (l.variant.election == Election::Mass) {
@@ -110,17 +115,23 @@ cudaError_t keep_mask(const Job* job, int64_t n, bool f64, uint8_t* mask, cudaSt
     return over_elements(f64 ? keep_mask_kernel<double> : keep_mask_kernel<float>, n, stream, job, n, mask);
 }
 
-cudaError_t keep_bits(const Job* job, int64_t n, bool f64, uint64_t* bits, int64_t words, cudaStream_t stream) {
+cudaError_t keep_bits(const Job* job, int64_t n, bool f64, uint64_t* bits, int64_t words,
+                      cudaStream_t stream) {
     return over_elements(f64 ? keep_bits_kernel<double> : keep_bits_kernel<float>, n, stream, job, n,
                          reinterpret_cast<uint32_t*>(bits), 2 * words);
 }
 
 cudaError_t keep_probability(const Job* job, int64_t n, bool f64, double* p, cudaStream_t stream) {
-    return over_elements(f64 ? keep_probability_kernel<double> : keep_probability_kernel<float>, n, stream, job, n,
-                         p);
+    return over_elements(f64 ? keep_probability_kernel<double> : keep_probability_kernel<float>, n, stream,
+                         job, n, p);
 }
 
-cudaError_t sign_balance(const Job* job, int64_t n, bool f64, unsigned long long* balance, cudaStream_t stream) {
+cudaError_t philox_words(uint32_t* words, cudaStream_t stream) {
+    return launch(philox_kernel, dim3(1), dim3(1), 0, stream, words);
+}
+
+cudaError_t sign_balance(const Job* job, int64_t n, bool f64, unsigned long long* balance,
+                         cudaStream_t stream) {
     return over_elements(f64 ? sign_balance_kernel<double> : sign_balance_kernel<float>, n, stream, job, n,
                          balance);
 }

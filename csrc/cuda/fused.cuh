@@ -1,6 +1,6 @@
 // The fused walk of whole, aligned runs: base and every expert are read once, the result is written once.
-// (K + 1 + 1) * itemsize bytes per element. The arithmetic is core/walk.hpp's; only what lies around it, loads
-// that are all under way before the first is needed and constants looked up once a piece, is here.
+// (K + 1 + 1) * itemsize bytes per element. The arithmetic is core/walk.hpp's; only what lies around it,
+// loads that are all under way before the first is needed and constants looked up once a piece, is here.
 #pragma once
 #include "cuda/fused.hpp"
 #include "cuda/grid.cuh"
@@ -27,8 +27,8 @@ struct PreparedPiece {
     int32_t select;  // as Prepared::trim, of the variance
 };
 
-/// A cut of a whole tensor as the largest key that is not above it among elements from `first` on; the last tie
-/// is not among them.
+/// A cut of a whole tensor as the largest key that is not above it among elements from `first` on; the last
+/// tie is not among them.
 __device__ inline int32_t piece_bound(const Cut& cut, int k, int64_t first) {
     if (!cut.value || cut.axis != Axis::Tensor) return -1;
     const KeyCut<float> c = key_cut<float>(cut.value[k * cut.units], cut.last_tie[k * cut.units]);
@@ -37,7 +37,8 @@ __device__ inline int32_t piece_bound(const Cut& cut, int k, int64_t first) {
 
 /// As piece_bound, of any cut, for the run [first, first + V); false if its ties lie on both sides.
 template <int V>
-__device__ __forceinline__ bool run_bound(const Cut& cut, int k, int64_t first, int64_t cols, int32_t& bound) {
+__device__ __forceinline__ bool run_bound(const Cut& cut, int k, int64_t first, int64_t cols,
+                                          int32_t& bound) {
     const KeyCut<float> c = cut_of<float>(cut, k, first, cols);
     bound = c.key - int32_t(c.last_tie >= first + V - 1);
     return c.last_tie < first || c.last_tie >= first + V - 1;
@@ -243,7 +244,8 @@ __device__ __forceinline__ void walk_run(const PreparedPiece& p, const Prepared*
 }
 
 template <int K, int V, Election ELECTION>
-__global__ void __launch_bounds__(THREADS, 1) walk_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
+__global__ void __launch_bounds__(THREADS, 1)
+    walk_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
     FM_SHARED(PreparedPiece, p);
     Prepared* experts = reinterpret_cast<Prepared*>(p + 1);
     for (int at = int(blockIdx.x); at < n_pieces; at += int(gridDim.x)) {
@@ -260,8 +262,8 @@ template <int K, int V, Election ELECTION>
 cudaError_t launch_walk_variant(const Batch::Launch& l, const Job* jobs, cudaStream_t stream) {
     const size_t shared = sizeof(PreparedPiece) + sizeof(Prepared) * size_t(l.most_experts);
     const auto kernel = walk_kernel<K, V, ELECTION>;
-    return launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, shared)), dim3(THREADS), shared, stream, jobs,
-                  l.pieces, l.n_pieces);
+    return launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, shared)), dim3(THREADS), shared, stream,
+                  jobs, l.pieces, l.n_pieces);
 }
 
 template <int V, Election ELECTION>

@@ -18,8 +18,11 @@ cudaError_t keep_bits(const Job* job, int64_t n, bool f64, uint64_t* bits, int64
                       cudaStream_t stream);
 /// Write [K, n] keep probabilities of a ranked drop.
 cudaError_t keep_probability(const Job* job, int64_t n, bool f64, double* p, cudaStream_t stream);
+/// Replace six words, a Philox counter and key, by the four words drawn (in the first four).
+cudaError_t philox_words(uint32_t* words, cudaStream_t stream);
 /// Add to *balance how many coordinates elect plus, less those that elect minus.
-cudaError_t sign_balance(const Job* job, int64_t n, bool f64, unsigned long long* balance, cudaStream_t stream);
+cudaError_t sign_balance(const Job* job, int64_t n, bool f64, unsigned long long* balance,
+                         cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fastmerge

@@ -13,7 +13,8 @@ struct Job {
     int32_t* bad = nullptr;  // set to 1 if an operand is not finite
 };
 
-/// Elements [begin, end) of one job: what a block works on at a time. Results never depend on how a job is cut.
+/// Elements [begin, end) of one job: what a block works on at a time. Results never depend on how a job is
+/// cut.
 struct Piece {
     int64_t begin, end;
     int32_t job;
@@ -41,8 +42,8 @@ struct Variant {
 struct Target {
     int64_t rank;     // how many are above; while digits are counted: of those with `prefix`
     uint64_t prefix;  // leading digits of the cut's key
-    int64_t piece;    // where the last tie lies: index of PIECE elements in flattened order, -1: not known yet
-    int32_t open;     // 1: digits are counted; 2: the key is known, its last tie is looked for; 0: settled
+    int64_t piece;  // where the last tie lies: index of PIECE elements in flattened order, -1: not known yet
+    int32_t open;   // 1: digits are counted; 2: the key is known, its last tie is looked for; 0: settled
     int32_t pad;
     double value;
     int64_t last_tie;

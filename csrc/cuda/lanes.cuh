@@ -121,8 +121,7 @@ __device__ __forceinline__ void load_keyed(const Operands& in, int k, int64_t i,
     Real base[V];
     load_base<Real, V>(in, i, base);
     if (k >= 0) return load_deltas<Real, V>(in, k, i, base, x);
-    variance_of<Real, V>(
-        in.n_experts, [&](int e, Real* d) { load_deltas<Real, V>(in, e, i, base, d); }, x);
+    variance_of<Real, V>(in.n_experts, [&](int e, Real* d) { load_deltas<Real, V>(in, e, i, base, d); }, x);
 }
 
 }  // namespace cuda

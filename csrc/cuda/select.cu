@@ -1,10 +1,9 @@
-// Exact rank cuts: the key of the r-th largest |delta| (or variance) digit by digit, 11, 10 and 10 bits, then the
-// flat index of its last tie that is above. Four readings of the operands, (K + 1) * itemsize bytes per element
-// each; everything is integer, so that no order of work shows in a result.
-#include "cuda/select.hpp"
-
+// Exact rank cuts: the key of the r-th largest |delta| (or variance) digit by digit, 11, 10 and 10 bits, then
+// the flat index of its last tie that is above. Four readings of the operands, (K + 1) * itemsize bytes per
+// element each; everything is integer, so that no order of work shows in a result.
 #include "cuda/grid.cuh"
 #include "cuda/lanes.cuh"
+#include "cuda/select.hpp"
 
 namespace fastmerge {
 namespace cuda {
@@ -58,8 +57,8 @@ struct BinRun {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) count_digits_kernel(const Job* job, Selection s, int shift, int width,
-                                                                  bool first, int64_t n_pieces) {
+__global__ void __launch_bounds__(THREADS, 1)
+    count_digits_kernel(const Job* job, Selection s, int shift, int width, bool first, int64_t n_pieces) {
     FM_SHARED(uint32_t, bins);  // [n_ranks, DIGIT_BINS]
     const Operands& in = job->in;
     const int n_bins = s.n_ranks * DIGIT_BINS;
@@ -76,12 +75,12 @@ __global__ void __launch_bounds__(THREADS, 1) count_digits_kernel(const Job* job
             BinRun run(bins + r * DIGIT_BINS);
             visit_keys<Real>(in, s.variance ? -1 : k, begin, end, [&](uint64_t key) {
                 if (r == 0) nonzero += key != 0;
-                if (has_prefix(key, t, shift, width, first))
-                    run.add(int(key >> shift & ((1u << width) - 1)));
+                if (has_prefix(key, t, shift, width, first)) run.add(int(key >> shift & ((1u << width) - 1)));
             });
             run.flush();
         }
-        if (s.fraction >= 0 && first && nonzero) atomicAdd(s.nonzero + k, static_cast<unsigned long long>(nonzero));
+        if (s.fraction >= 0 && first && nonzero)
+            atomicAdd(s.nonzero + k, static_cast<unsigned long long>(nonzero));
         __syncthreads();
         for (int b = int(threadIdx.x); b < n_bins; b += THREADS)
             if (bins[b]) {
@@ -108,7 +107,8 @@ __device__ __forceinline__ int64_t sum_before(int64_t mine, int64_t* shared) {
     return before;
 }
 
-/// The digit at which `rank` keys from the largest down are reached; rank becomes that within the digit's bin.
+/// The digit at which `rank` keys from the largest down are reached; rank becomes that within the digit's
+/// bin.
 template <class Count>
 __device__ __forceinline__ int choose_digit(const Count* bins, int64_t& rank, int64_t* shared) {
     constexpr int EACH = DIGIT_BINS / THREADS;
@@ -136,7 +136,7 @@ __device__ __forceinline__ int choose_digit(const Count* bins, int64_t& rank, in
 __device__ __forceinline__ void open_target(Target& t, int64_t rank, int64_t n) {
     const double infinity = bit_cast<double>(uint64_t(0x7ff0000000000000ull));
     t.rank = rank, t.prefix = 0, t.piece = -1;
-    t.open = rank > 0 && rank < n;
+    t.open = rank > 0 && rank < n, t.pad = 0;
     t.value = rank <= 0 ? infinity : -1.0;
     t.last_tie = rank <= 0 ? -1 : END;
 }
@@ -146,6 +146,17 @@ __device__ __forceinline__ void open_fraction(Target& t, double fraction, int64_
     const int64_t rank = int64_t(fraction * double(nonzero));
     open_target(t, rank, nonzero);
     if (rank > 0 && rank >= nonzero) t.value = 0.0, t.last_tie = -1;
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    open_targets_kernel(Selection s, const int64_t* ranks, int64_t units, int64_t n) {
+    const int64_t step = int64_t(gridDim.x) * THREADS, all = int64_t(s.n_ranks) * s.n_keys * units;
+    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < all; i += step) {
+        Target t;
+        open_target(t, s.fraction >= 0 ? 0 : ranks[i / units], n);
+        if (s.fraction >= 0) t.open = n > 0;  // what rank it is is known when the nonzero ones are counted
+        s.targets[i] = t;
+    }
 }
 
 template <class Real>
@@ -214,11 +225,11 @@ __global__ void __launch_bounds__(THREADS, 1) locate_ties_kernel(Selection s) {
     }
 }
 
-/// Find the q-th key of [begin, end) that equals `cut`: its index, or -1; q becomes what is left of it. shared:
-/// [WARPS + 2].
+/// Find the q-th key of [begin, end) that equals `cut`: its index, or -1; q becomes what is left of it.
+/// shared: [WARPS + 2].
 template <class Real>
-__device__ __forceinline__ int64_t find_equal(const Operands& in, int k, int64_t begin, int64_t end, uint64_t cut,
-                                              int64_t& q, int64_t* shared) {
+__device__ __forceinline__ int64_t find_equal(const Operands& in, int k, int64_t begin, int64_t end,
+                                              uint64_t cut, int64_t& q, int64_t* shared) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     if (threadIdx.x == 0) shared[WARPS] = -1;
     for (int64_t first = begin; first < end; first += THREADS) {
@@ -299,7 +310,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                     __syncthreads();
                     BinRun run(bins);
                     visit_keys<Real>(in, k, begin, end, [&](uint64_t x) {
-                        if (has_prefix(x, t, shift, width, d == 0)) run.add(int(x >> shift & ((1u << width) - 1)));
+                        if (has_prefix(x, t, shift, width, d == 0))
+                            run.add(int(x >> shift & ((1u << width) - 1)));
                     });
                     run.flush();
                     __syncthreads();
@@ -308,8 +320,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
                 t.value = value_of<Real>(t.prefix), t.last_tie = END;
                 if (!s.all_ties)
-                    t.last_tie =
-                        in.start + find_equal<Real>(in, k, begin, end, t.prefix, t.rank, shared);
+                    t.last_tie = in.start + find_equal<Real>(in, k, begin, end, t.prefix, t.rank, shared);
             }
             if (threadIdx.x == 0) t.open = 0, at = t;
             __syncthreads();
@@ -335,10 +346,11 @@ struct Ranked {
     uint32_t key, index;
 };
 
-constexpr int RANK_DIGIT = 4, RANK_BINS = 1 << RANK_DIGIT, RANK_PASSES = 8;  // 32 bits, one more than keys have
+constexpr int RANK_DIGIT = 4, RANK_BINS = 1 << RANK_DIGIT,
+              RANK_PASSES = 8;  // 32 bits, one more than keys have
 
-/// Sort one row's keys, least digit first and stable, so that equal keys stay in order of index. Each thread has a
-/// run of neighbours: counted by digit and thread, the counts say where each run's keys of a digit go.
+/// Sort one row's keys, least digit first and stable, so that equal keys stay in order of index. Each thread
+/// has a run of neighbours: counted by digit and thread, the counts say where each run's keys of a digit go.
 __global__ void __launch_bounds__(THREADS, 1)
     rank_rows_kernel(const Job* job, uint32_t* ranks, Ranked* scratch) {
     FM_SHARED(int64_t, shared);  // [THREADS], then counts [RANK_BINS, THREADS]
@@ -361,7 +373,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int pass = 0; pass < RANK_PASSES; ++pass) {
             const int shift = pass * RANK_DIGIT;
             for (int b = 0; b < RANK_BINS; ++b) counts[b * THREADS + t] = 0;
-            for (int64_t c = begin; c < end; ++c) ++counts[(from[c].key >> shift & (RANK_BINS - 1)) * THREADS + t];
+            for (int64_t c = begin; c < end; ++c)
+                ++counts[(from[c].key >> shift & (RANK_BINS - 1)) * THREADS + t];
             __syncthreads();
             // Exclusive sums in order of digit, then thread: each thread takes RANK_BINS neighbouring counts.
             int64_t mine = 0;
@@ -397,19 +410,27 @@ unsigned rank_blocks(const Operands& in) {
 
 }  // namespace
 
+cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units, int64_t n,
+                         cudaStream_t stream) {
+    const int64_t all = int64_t(s.n_ranks) * s.n_keys * units;
+    if (all == 0) return cudaSuccess;
+    const dim3 grid(resident_blocks(open_targets_kernel, divide_up(all, THREADS), 0));
+    return launch(open_targets_kernel, grid, dim3(THREADS), 0, stream, s, ranks, units, n);
+}
+
 cudaError_t count_digits(const Job* job, const Operands& in, const Selection& s, int d, cudaStream_t stream) {
     const auto kernel = s.f64 ? count_digits_kernel<double> : count_digits_kernel<float>;
     const size_t shared = sizeof(uint32_t) * DIGIT_BINS * size_t(s.n_ranks);
     const int64_t n_pieces = divide_up(in.n, PIECE);
     const dim3 grid(resident_blocks(kernel, n_pieces * s.n_keys, shared));
-    return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, digit_shift(s.f64, d), digit_width(s.f64, d),
-                  d == 0, n_pieces);
+    return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, digit_shift(s.f64, d),
+                  digit_width(s.f64, d), d == 0, n_pieces);
 }
 
 cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream) {
     const auto kernel = s.f64 ? choose_digits_kernel<double> : choose_digits_kernel<float>;
-    return launch(kernel, dim3(unsigned(s.n_ranks * s.n_keys)), dim3(THREADS), sizeof(int64_t) * THREADS, stream, s,
-                  digit_width(s.f64, d), d == 0, d == n_digits(s.f64) - 1);
+    return launch(kernel, dim3(unsigned(s.n_ranks * s.n_keys)), dim3(THREADS), sizeof(int64_t) * THREADS,
+                  stream, s, digit_width(s.f64, d), d == 0, d == n_digits(s.f64) - 1);
 }
 
 cudaError_t count_equals(const Job* job, const Operands& in, const Selection& s, int64_t offset,
@@ -426,8 +447,8 @@ cudaError_t locate_ties(const Selection& s, cudaStream_t stream) {
 
 cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaStream_t stream) {
     const auto kernel = s.f64 ? find_ties_kernel<double> : find_ties_kernel<float>;
-    return launch(kernel, dim3(unsigned(s.n_ranks * s.n_keys)), dim3(THREADS), sizeof(int64_t) * (WARPS + 2), stream,
-                  job, s, offset);
+    return launch(kernel, dim3(unsigned(s.n_ranks * s.n_keys)), dim3(THREADS), sizeof(int64_t) * (WARPS + 2),
+                  stream, job, s, offset);
 }
 
 cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
@@ -441,17 +462,20 @@ cudaError_t select_units(const Job* job, const Operands& in, const Selection& s,
 cudaError_t order_keys(const Job* job, const Operands& in, bool f64, void* keys, cudaStream_t stream) {
     if (f64) {
         const dim3 grid(resident_blocks(order_keys_kernel<double>, divide_up(in.n, THREADS), 0));
-        return launch(order_keys_kernel<double>, grid, dim3(THREADS), 0, stream, job, static_cast<uint64_t*>(keys));
+        return launch(order_keys_kernel<double>, grid, dim3(THREADS), 0, stream, job,
+                      static_cast<uint64_t*>(keys));
     }
     const dim3 grid(resident_blocks(order_keys_kernel<float>, divide_up(in.n, THREADS), 0));
-    return launch(order_keys_kernel<float>, grid, dim3(THREADS), 0, stream, job, static_cast<uint32_t*>(keys));
+    return launch(order_keys_kernel<float>, grid, dim3(THREADS), 0, stream, job,
+                  static_cast<uint32_t*>(keys));
 }
 
 int64_t rank_scratch(const Operands& in) {
     return in.n == 0 ? 0 : int64_t(rank_blocks(in)) * 2 * in.cols * int64_t(sizeof(Ranked));
 }
 
-cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch, cudaStream_t stream) {
+cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch,
+                      cudaStream_t stream) {
     return launch(rank_rows_kernel, dim3(rank_blocks(in)), dim3(THREADS), RANK_SHARED, stream, job, ranks,
                   static_cast<Ranked*>(scratch));
 }

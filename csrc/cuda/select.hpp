@@ -1,5 +1,5 @@
-// Launchers of csrc/cuda/select.cu: exact rank cuts by radix selection, and ranks within rows. Memory and stream
-// are the caller's; nothing allocates or waits.
+// Launchers of csrc/cuda/select.cu: exact rank cuts by radix selection, and ranks within rows. Memory and
+// stream are the caller's; nothing allocates or waits.
 #pragma once
 #include "cuda/job.hpp"
 #include "cuda/launch.cuh"
@@ -22,7 +22,8 @@ FM_HD constexpr int digit_shift(bool f64, int d) {
     return shift;
 }
 
-/// What is being selected: targets [n_ranks, n_keys], of each expert's |delta|, or of the variance (n_keys is 1).
+/// What is being selected: targets [n_ranks, n_keys], of each expert's |delta|, or of the variance (n_keys is
+/// 1).
 struct Selection {
     int n_keys = 1, n_ranks = 1;
     bool variance = false, all_ties = false, f64 = false;
@@ -34,17 +35,20 @@ struct Selection {
     int64_t n_pieces = 0;
 };
 
+/// Begin: ranks [n_ranks, n_keys] of n elements, for each of the units.
+cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units, int64_t n,
+                         cudaStream_t stream);
 /// Count digit d of a chunk's keys; then choose it once all chunks are counted.
 cudaError_t count_digits(const Job* job, const Operands& in, const Selection& s, int d, cudaStream_t stream);
 cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream);
-/// Count keys equal to the cuts by piece of the flattened order, in which the chunk begins at `offset`; then find
-/// each cut's piece; then, of chunks in order, its last tie.
+/// Count keys equal to the cuts by piece of the flattened order, in which the chunk begins at `offset`; then
+/// find each cut's piece; then, of chunks in order, its last tie.
 cudaError_t count_equals(const Job* job, const Operands& in, const Selection& s, int64_t offset,
                          cudaStream_t stream);
 cudaError_t locate_ties(const Selection& s, cudaStream_t stream);
 cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaStream_t stream);
-/// Everything for units of `unit` elements in one launch, a block each: targets [n_ranks, n_keys, units] of the
-/// whole tensor; the chunk holds those from in.start / unit on.
+/// Everything for units of `unit` elements in one launch, a block each: targets [n_ranks, n_keys, units] of
+/// the whole tensor; the chunk holds those from in.start / unit on.
 cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
                          cudaStream_t stream);
 
@@ -52,7 +56,8 @@ cudaError_t select_units(const Job* job, const Operands& in, const Selection& s,
 cudaError_t order_keys(const Job* job, const Operands& in, bool f64, void* keys, cudaStream_t stream);
 /// Ranks of |delta| within rows of float32 deltas, [K, n]. scratch: bytes of rank_scratch.
 int64_t rank_scratch(const Operands& in);
-cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch, cudaStream_t stream);
+cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch,
+                      cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fastmerge

@@ -1,10 +1,9 @@
-// Moments, inner products and extremes of deltas: (K + 1) * itemsize bytes read per element. Sums are over 64 lanes
-// of segments of 4096 elements, then over segments as a binary counter, as docs/numerics.md has it: eight (or
-// sixteen) neighbouring threads share a segment, each with eight (or four) lanes in registers.
-#include "cuda/stats.hpp"
-
+// Moments, inner products and extremes of deltas: (K + 1) * itemsize bytes read per element. Sums are over 64
+// lanes of segments of 4096 elements, then over segments as a binary counter, as docs/numerics.md has it:
+// eight (or sixteen) neighbouring threads share a segment, each with eight (or four) lanes in registers.
 #include "cuda/grid.cuh"
 #include "cuda/lanes.cuh"
+#include "cuda/stats.hpp"
 
 namespace fastmerge {
 namespace cuda {
@@ -17,13 +16,11 @@ template <int V>
 __device__ __forceinline__ double fold_lanes(double* lane) {
     constexpr int GROUP = BLOCK / V;
     FM_UNROLL
-    for (int distance = GROUP / 2; distance > 0; distance /= 2)
-        FM_UNROLL
-        for (int j = 0; j < V; ++j) lane[j] += __shfl_down_sync(ALL, lane[j], distance, GROUP);
+    for (int distance = GROUP / 2; distance > 0; distance /= 2) FM_UNROLL
+    for (int j = 0; j < V; ++j) lane[j] += __shfl_down_sync(ALL, lane[j], distance, GROUP);
     FM_UNROLL
-    for (int half = V / 2; half > 0; half /= 2)
-        FM_UNROLL
-        for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    for (int half = V / 2; half > 0; half /= 2) FM_UNROLL
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
     return lane[0];
 }
 
@@ -53,11 +50,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     const Job& job = *at;
     const Operands& in = job.in;
     const int K = in.n_experts, t = int(threadIdx.x) % GROUP;
-    const int64_t end = in.start + in.n, first_segment = in.start / SEGMENT, n = (end + SEGMENT - 1) / SEGMENT;
+    const int64_t end = in.start + in.n, first_segment = in.start / SEGMENT,
+                  n = (end + SEGMENT - 1) / SEGMENT;
     const bool whole_runs = !splits_rows(job.plan.keep) || in.cols % V == 0;
-    const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32, warps = int64_t(gridDim.x) * THREADS / 32;
+    const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32,
+                  warps = int64_t(gridDim.x) * THREADS / 32;
     for (int64_t s0 = first_segment + warp * SEGMENTS; s0 < n; s0 += warps * SEGMENTS) {
-        const int64_t s = s0 + int(threadIdx.x) % 32 / GROUP;  // may lie behind the end: then it only takes part
+        const int64_t s =
+            s0 + int(threadIdx.x) % 32 / GROUP;  // may lie behind the end: then it only takes part
         const bool here = s < n, continued = here && s * SEGMENT < in.start,
                    complete = here && ((s + 1) * SEGMENT <= end || end == total);
         for (int k = 0; k < K; ++k) {
@@ -85,9 +85,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                         }
                 }
             }
-            if (here && !complete)
-                FM_UNROLL
-                for (int j = 0; j < V; ++j) held[j] = all[j], held[BLOCK + j] = kept[j];
+            if (here && !complete) FM_UNROLL
+            for (int j = 0; j < V; ++j) held[j] = all[j], held[BLOCK + j] = kept[j];
             const double sum_all = fold_lanes<V>(all), sum_kept = fold_lanes<V>(kept);
             if (complete && t == 0) {
                 double* leaf = leaves + (s * K + k) * 2;
@@ -98,8 +97,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1)
-    largest_kernel(const Job* at, unsigned long long* keys) {
+__global__ void __launch_bounds__(THREADS, 1) largest_kernel(const Job* at, unsigned long long* keys) {
     const Job& job = *at;
     const int64_t step = int64_t(gridDim.x) * THREADS;
     for (int k = 0; k < job.in.n_experts; ++k) {
@@ -126,10 +124,11 @@ __device__ __forceinline__ int64_t pair_of(int j, int k, int n_experts) {
     return int64_t(j) * n_experts - int64_t(j) * (j - 1) / 2 + (k - j);
 }
 
-/// Two by two experts at a time: with more, sums leave the registers; with fewer, operands are read more often.
+/// Two by two experts at a time: with more, sums leave the registers; with fewer, operands are read more
+/// often.
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) gram_leaves_kernel(const Job* at, bool by_row, int64_t total,
-                                                                 double* leaves, double* carry) {
+__global__ void __launch_bounds__(THREADS, 1)
+    gram_leaves_kernel(const Job* at, bool by_row, int64_t total, double* leaves, double* carry) {
     constexpr int V = 4, GROUP = BLOCK / V, SEGMENTS = 32 / GROUP;
     const Operands& in = at->in;
     const int K = in.n_experts, t = int(threadIdx.x) % GROUP, halves = (K + 1) / 2;
@@ -138,7 +137,8 @@ __global__ void __launch_bounds__(THREADS, 1) gram_leaves_kernel(const Job* at, 
     const int64_t each = (unit + SEGMENT - 1) / SEGMENT;  // segments of a unit
     const int64_t first = by_row ? in.start / unit * each : in.start / SEGMENT,
                   n = by_row ? end / unit * each : (end + SEGMENT - 1) / SEGMENT;
-    const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32, warps = int64_t(gridDim.x) * THREADS / 32;
+    const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32,
+                  warps = int64_t(gridDim.x) * THREADS / 32;
     for (int64_t task = warp; task < (n - first + SEGMENTS - 1) / SEGMENTS * tiles; task += warps) {
         const int64_t s = first + task / tiles * SEGMENTS + int(threadIdx.x) % 32 / GROUP;
         int j0 = 0, k0 = int(task % tiles);
@@ -150,15 +150,14 @@ __global__ void __launch_bounds__(THREADS, 1) gram_leaves_kernel(const Job* at, 
                    complete = by_row || begin + SEGMENT <= end || end == total;
         double sum[2][2][V];
         FM_UNROLL
-        for (int a = 0; a < 2; ++a)
+        for (int a = 0; a < 2; ++a) FM_UNROLL
+        for (int b = 0; b < 2; ++b) {
+            const int j = 2 * j0 + a, k = 2 * k0 + b;
+            const bool wanted = k < K && j <= k;
             FM_UNROLL
-            for (int b = 0; b < 2; ++b) {
-                const int j = 2 * j0 + a, k = 2 * k0 + b;
-                const bool wanted = k < K && j <= k;
-                FM_UNROLL
-                for (int v = 0; v < V; ++v)
-                    sum[a][b][v] = continued && wanted ? carry[pair_of(j, k, K) * BLOCK + t * V + v] : 0.0;
-            }
+            for (int v = 0; v < V; ++v)
+                sum[a][b][v] = continued && wanted ? carry[pair_of(j, k, K) * BLOCK + t * V + v] : 0.0;
+        }
         for (int r = 0; here && r < SEGMENT / BLOCK; ++r) {
             const int64_t position = begin + r * BLOCK + t * V, i = u * unit + position - in.start;
             const int64_t left = by_row ? unit - position : in.n - i;
@@ -166,9 +165,8 @@ __global__ void __launch_bounds__(THREADS, 1) gram_leaves_kernel(const Job* at, 
             if (i <= -V) continue;
             Real x[2][V], y[2][V];
             FM_UNROLL
-            for (int a = 0; a < 2; ++a)
-                FM_UNROLL
-                for (int v = 0; v < V; ++v) x[a][v] = y[a][v] = Real(0);
+            for (int a = 0; a < 2; ++a) FM_UNROLL
+            for (int v = 0; v < V; ++v) x[a][v] = y[a][v] = Real(0);
             const bool full = i >= 0 && left >= V;
             const auto load = [&](int k, Real* d) {
                 if (k >= K) return;
@@ -194,26 +192,21 @@ __global__ void __launch_bounds__(THREADS, 1) gram_leaves_kernel(const Job* at, 
                 for (int v = 0; v < V; ++v) y[b][v] = diagonal ? x[b][v] : y[b][v];
             }
             FM_UNROLL
-            for (int a = 0; a < 2; ++a)
-                FM_UNROLL
-                for (int b = 0; b < 2; ++b)
-                    FM_UNROLL
-                    for (int v = 0; v < V; ++v)
-                        if (full || (v < left && i + v >= 0))
-                            sum[a][b][v] += double(x[a][v]) * double(y[b][v]);
+            for (int a = 0; a < 2; ++a) FM_UNROLL
+            for (int b = 0; b < 2; ++b) FM_UNROLL
+            for (int v = 0; v < V; ++v)
+                if (full || (v < left && i + v >= 0)) sum[a][b][v] += double(x[a][v]) * double(y[b][v]);
         }
         FM_UNROLL
-        for (int a = 0; a < 2; ++a)
-            FM_UNROLL
-            for (int b = 0; b < 2; ++b) {
-                const int j = 2 * j0 + a, k = 2 * k0 + b;
-                const bool wanted = here && k < K && j <= k;
-                if (wanted && !complete)
-                    FM_UNROLL
-                    for (int v = 0; v < V; ++v) carry[pair_of(j, k, K) * BLOCK + t * V + v] = sum[a][b][v];
-                const double total_sum = fold_lanes<V>(sum[a][b]);
-                if (wanted && complete && t == 0) leaves[s * pairs + pair_of(j, k, K)] = total_sum;
-            }
+        for (int a = 0; a < 2; ++a) FM_UNROLL
+        for (int b = 0; b < 2; ++b) {
+            const int j = 2 * j0 + a, k = 2 * k0 + b;
+            const bool wanted = here && k < K && j <= k;
+            if (wanted && !complete) FM_UNROLL
+            for (int v = 0; v < V; ++v) carry[pair_of(j, k, K) * BLOCK + t * V + v] = sum[a][b][v];
+            const double total_sum = fold_lanes<V>(sum[a][b]);
+            if (wanted && complete && t == 0) leaves[s * pairs + pair_of(j, k, K)] = total_sum;
+        }
     }
 }
 
@@ -255,8 +248,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 /// Add neighbours level by level; `odd(x)` is called with what stands alone at each level, lowest first.
 template <class Odd>
 __device__ __forceinline__ void add_levels(double* x, int64_t n, Odd&& odd) {
-    constexpr int MOST = int(TREE_GROUP) / 2 / THREADS;  // pairs of a thread; a smaller block has fewer leaves
-    const int t = int(threadIdx.x), threads = int(blockDim.x);
+    constexpr int MOST = int(TREE_GROUP) / 2 / THREADS;  // pairs of a thread
+    const int t = int(threadIdx.x);
     __syncthreads();
     while (n > 0) {
         if (n & 1) odd(x[n - 1]);
@@ -265,11 +258,11 @@ __device__ __forceinline__ void add_levels(double* x, int64_t n, Odd&& odd) {
         double sum[MOST];
         FM_UNROLL
         for (int m = 0; m < MOST; ++m)
-            if (const int64_t j = t + m * threads; j < n) sum[m] = x[2 * j] + x[2 * j + 1];
+            if (const int64_t j = t + m * THREADS; j < n) sum[m] = x[2 * j] + x[2 * j + 1];
         __syncthreads();
         FM_UNROLL
         for (int m = 0; m < MOST; ++m)
-            if (const int64_t j = t + m * threads; j < n) x[j] = sum[m];
+            if (const int64_t j = t + m * THREADS; j < n) x[j] = sum[m];
         __syncthreads();
     }
 }
@@ -279,7 +272,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     sum_groups_kernel(const double* leaves, int64_t n_leaves, int64_t width, double* nodes) {
     FM_SHARED(double, x);
     const int64_t groups = n_leaves / TREE_GROUP;  // of a unit
-    const int64_t w = blockIdx.x % width, group = blockIdx.x / width % groups, u = blockIdx.x / width / groups;
+    const int64_t w = blockIdx.x % width, group = blockIdx.x / width % groups,
+                  u = blockIdx.x / width / groups;
     const double* from = leaves + (u * n_leaves + group * TREE_GROUP) * width + w;
     for (int j = int(threadIdx.x); j < TREE_GROUP; j += THREADS) x[j] = from[int64_t(j) * width];
     double total = 0.0;
@@ -288,12 +282,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 /// Combine one unit's column: leaves behind the last whole group, then the groups.
-__global__ void __launch_bounds__(THREADS, 1)
-    sum_tree_kernel(const double* leaves, const double* nodes, int64_t n_leaves, int64_t width, double* sums) {
+__global__ void __launch_bounds__(THREADS, 1) sum_tree_kernel(const double* leaves, const double* nodes,
+                                                              int64_t n_leaves, int64_t width, double* sums) {
     FM_SHARED(double, x);
     const int64_t groups = n_leaves / TREE_GROUP, rest = n_leaves % TREE_GROUP;
     const int64_t w = blockIdx.x % width, u = blockIdx.x / width;
-    const int threads = int(blockDim.x);
     double total = 0.0;
     bool any = false;
     const auto add = [&](double odd) {
@@ -301,12 +294,41 @@ __global__ void __launch_bounds__(THREADS, 1)
         any = true;
     };
     const double* from = leaves + (u * n_leaves + groups * TREE_GROUP) * width + w;
-    for (int64_t j = threadIdx.x; j < rest; j += threads) x[j] = from[j * width];
+    for (int64_t j = threadIdx.x; j < rest; j += THREADS) x[j] = from[j * width];
     add_levels(x, rest, add);
     from = nodes + u * groups * width + w;
-    for (int64_t j = threadIdx.x; j < groups; j += threads) x[j] = from[j * width];
+    for (int64_t j = threadIdx.x; j < groups; j += THREADS) x[j] = from[j * width];
     add_levels(x, groups, add);
     if (threadIdx.x == 0) sums[u * width + w] = total;
+}
+
+constexpr int SHORT_LEVELS = 8;  // of units with fewer than 2^8 leaves: rows, columns, small tensors
+
+/// As sum_tree_kernel, a thread for each unit's column.
+__global__ void __launch_bounds__(THREADS, 1)
+    sum_short_kernel(const double* leaves, int64_t n_units, int64_t n_leaves, int64_t width, double* sums) {
+    const int64_t step = int64_t(gridDim.x) * THREADS;
+    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n_units * width; i += step) {
+        const double* from = leaves + i / width * n_leaves * width + i % width;
+        double level[SHORT_LEVELS], total = 0.0;
+        for (int64_t leaf = 0; leaf < n_leaves; ++leaf) {
+            double carry = from[leaf * width];
+            bool placed = false;
+            FM_UNROLL
+            for (int l = 0; l < SHORT_LEVELS; ++l) {
+                if (placed) continue;
+                if (leaf >> l & 1)
+                    carry = level[l] + carry;
+                else
+                    level[l] = carry, placed = true;
+            }
+        }
+        bool any = false;
+        FM_UNROLL
+        for (int l = 0; l < SHORT_LEVELS; ++l)
+            if (n_leaves >> l & 1) total = any ? level[l] + total : level[l], any = true;
+        sums[i] = total;
+    }
 }
 
 template <class Real>
@@ -339,22 +361,23 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, bool f64, int64_t total, double* leaves,
-                          double* carry, cudaStream_t stream) {
+cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, bool f64, int64_t total,
+                          double* leaves, double* carry, cudaStream_t stream) {
     const auto kernel = f64 ? moment_leaves_kernel<double> : moment_leaves_kernel<float>;
     const int64_t segments = (in.start + in.n + SEGMENT - 1) / SEGMENT - in.start / SEGMENT;
     const dim3 grid(resident_blocks(kernel, divide_up(segments, 32), 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, square, total, leaves, carry);
 }
 
-cudaError_t largest(const Job* job, const Operands& in, bool f64, unsigned long long* keys, cudaStream_t stream) {
+cudaError_t largest(const Job* job, const Operands& in, bool f64, unsigned long long* keys,
+                    cudaStream_t stream) {
     const auto kernel = f64 ? largest_kernel<double> : largest_kernel<float>;
     const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS), 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, keys);
 }
 
-cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64, int64_t total, double* leaves,
-                        double* carry, cudaStream_t stream) {
+cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64, int64_t total,
+                        double* leaves, double* carry, cudaStream_t stream) {
     if (axis == Axis::Column) {
         const auto kernel = f64 ? gram_columns_kernel<double> : gram_columns_kernel<float>;
         const int64_t pairs = int64_t(in.n_experts) * (in.n_experts + 1) / 2;
@@ -373,6 +396,11 @@ cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64,
 
 cudaError_t sum_tree(const double* leaves, int64_t n_units, int64_t n_leaves, int64_t width, double* nodes,
                      double* sums, cudaStream_t stream) {
+    if (n_leaves < int64_t(1) << SHORT_LEVELS) {
+        const dim3 grid(resident_blocks(sum_short_kernel, divide_up(n_units * width, THREADS), 0));
+        return launch(sum_short_kernel, grid, dim3(THREADS), 0, stream, leaves, n_units, n_leaves, width,
+                      sums);
+    }
     const int64_t groups = n_leaves / TREE_GROUP;
     if (groups > TREE_GROUP) return cudaErrorInvalidValue;  // of more than 17e9 elements
     if (groups > 0) {
@@ -381,10 +409,9 @@ cudaError_t sum_tree(const double* leaves, int64_t n_units, int64_t n_leaves, in
                    sizeof(double) * TREE_GROUP, stream, leaves, n_leaves, width, nodes);
         if (status != cudaSuccess) return status;
     }
-    const int threads = n_leaves <= 64 ? 32 : THREADS;
-    return launch(sum_tree_kernel, dim3(unsigned(n_units * width)), dim3(threads),
-                  sizeof(double) * size_t(n_leaves < TREE_GROUP ? n_leaves : TREE_GROUP), stream, leaves, nodes,
-                  n_leaves, width, sums);
+    return launch(sum_tree_kernel, dim3(unsigned(n_units * width)), dim3(THREADS),
+                  sizeof(double) * size_t(n_leaves < TREE_GROUP ? n_leaves : TREE_GROUP), stream, leaves,
+                  nodes, n_leaves, width, sums);
 }
 
 cudaError_t extremes(const Job* job, const Operands& in, bool f64, int64_t unit, double* low, double* high,

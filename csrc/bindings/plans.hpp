@@ -1,0 +1,124 @@
+// The plans of core/plan.hpp as Python objects, the same in every compiled module: each owns what its plan
+// points to.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/plan.hpp"
+
+namespace py = pybind11;
+
+namespace fastmerge {
+namespace {
+
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+inline DType dtype_of(int code) {
+    if (code < 0 || code > int(DType::BF16)) throw std::invalid_argument("unknown dtype code");
+    return DType(code);
+}
+
+/// Operands with the storage behind their pointer arrays.
+struct PyOperands {
+    std::vector<const void*> experts;
+    std::vector<DType> types;
+    Operands view;
+
+    PyOperands(uintptr_t base, int base_type, const std::vector<uintptr_t>& addresses,
+               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols) {
+        if (addresses.size() != codes.size() || start < 0 || n < 0 || cols < 1)
+            throw std::invalid_argument("operands: sizes do not fit");
+        for (const uintptr_t a : addresses) experts.push_back(reinterpret_cast<const void*>(a));
+        for (const int c : codes) types.push_back(dtype_of(c));
+        view.base = reinterpret_cast<const void*>(base);
+        view.base_type = dtype_of(base_type);
+        view.expert = experts.data(), view.expert_type = types.data();
+        view.n_experts = int(experts.size());
+        view.start = start, view.n = n, view.cols = cols;
+    }
+    PyOperands(const PyOperands&) = delete;
+};
+
+/// A Keep that owns its arrays.
+struct PyKeep {
+    Keep plan;
+    std::vector<py::object> owned;
+    std::vector<double> low, high;
+    std::vector<uint64_t> key;
+    std::vector<const uint8_t*> given;
+
+    void cut(const std::string& which, Doubles value, Longs last_tie, int axis) {
+        if (value.ndim() != 2 || last_tie.ndim() != 2 || value.size() != last_tie.size())
+            throw std::invalid_argument("cut: value and last_tie must be [K, units]");
+        if (axis != int(Axis::Tensor) && axis != int(Axis::Row))
+            throw std::invalid_argument("cut: one per tensor or per row");
+        Cut& c = which == "trim" ? plan.trim : which == "remove" ? plan.remove : plan.select;
+        c = {value.data(), last_tie.data(), value.shape(1), Axis(axis)};
+        owned.push_back(value), owned.push_back(last_tie);
+    }
+    void drop(int kind, std::vector<double> lo, std::vector<double> hi, std::vector<uint64_t> keys, int axis,
+              bool by_value, bool rescale) {
+        low = std::move(lo), high = std::move(hi), key = std::move(keys);
+        if (low.size() != key.size() || high.size() != key.size())
+            throw std::invalid_argument("drop: one probability and key per expert");
+        plan.drop = DropKind(kind);
+        plan.p_low = low.data(), plan.p_high = high.data(), plan.key = key.data();
+        plan.drop_axis = Axis(axis), plan.by_value = by_value, plan.rescale = rescale;
+    }
+    void masks(const std::vector<uintptr_t>& addresses) {
+        given.clear();
+        for (const uintptr_t a : addresses) given.push_back(reinterpret_cast<const uint8_t*>(a));
+        plan.given = given.data();
+    }
+};
+
+struct PyWalk {
+    WalkPlan plan;
+    py::object keep;  // keeps the arrays of plan.keep alive
+    Doubles coefficient;
+    std::vector<double> vote_scale, divisor_weight;
+
+    PyWalk(py::object keep_object, Doubles c, int axis, int vote, int on_zero, std::vector<double> scale,
+           bool take_max, int divide, double divisor, std::vector<double> weight, double floor, double lambda,
+           bool add_base)
+        : keep(keep_object), coefficient(c), vote_scale(std::move(scale)), divisor_weight(std::move(weight)) {
+        if (c.ndim() != 2) throw std::invalid_argument("coefficient must be [K, units]");
+        plan.keep = keep.cast<PyKeep&>().plan;
+        plan.coefficient = coefficient.data(), plan.units = coefficient.shape(1);
+        plan.axis = Axis(axis), plan.vote = Vote(vote), plan.on_zero = OnZero(on_zero);
+        plan.vote_scale = vote_scale.empty() ? nullptr : vote_scale.data();
+        plan.take_max = take_max, plan.divide = Divide(divide), plan.divisor = divisor;
+        plan.divisor_weight = divisor_weight.empty() ? nullptr : divisor_weight.data();
+        plan.floor = floor, plan.lambda = lambda, plan.add_base = add_base;
+    }
+};
+
+inline void check(const Keep& keep, const PyOperands& in) {
+    const int64_t n = in.view.n, cols = in.view.cols;
+    const bool rows = keep.drop == DropKind::Ranked && keep.drop_axis == Axis::Row;
+    if (rows && (n % cols || in.view.start % cols))
+        throw std::invalid_argument("a ranked drop needs whole rows");
+}
+
+inline void bind_plans(py::module_& m) {
+    py::class_<PyOperands>(m, "Operands", py::module_local())
+        .def(py::init<uintptr_t, int, const std::vector<uintptr_t>&, const std::vector<int>&, int64_t,
+                      int64_t, int64_t>());
+    py::class_<PyKeep>(m, "Keep", py::module_local())
+        .def(py::init<>())
+        .def("cut", &PyKeep::cut)
+        .def("drop", &PyKeep::drop)
+        .def("masks", &PyKeep::masks);
+    py::class_<PyWalk>(m, "Walk", py::module_local())
+        .def(py::init<py::object, Doubles, int, int, int, std::vector<double>, bool, int, double,
+                      std::vector<double>, double, double, bool>());
+}
+
+}  // namespace
+}  // namespace fastmerge
