@@ -1,8 +1,8 @@
 """The CUDA backend: lowers stages to csrc/core/plan.hpp, in device memory, and launches csrc/cuda.
 
 Kernels run on torch's current stream of the operands' device. Workspaces are torch tensors, so its caching
-allocator's rules for streams hold for them; what a recipe needs on the host (cuts, sums) is waited for when it
-is asked for, and nothing else is.
+allocator's rules for streams hold for them; what a recipe needs on the host (cuts, sums) is waited for
+when it is asked for, and nothing else is.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class CudaKernels(Kernels):
 
     def __init__(self, device: str, native: Any = None) -> None:
         if native is None:
-            from fastmerge import _cuda as native
+            from fastmerge import _cuda
+
+            native = _cuda
         self._native, self._device = native, device
 
     def _queue(self) -> _Queue:
@@ -496,9 +498,10 @@ class _Order:
         if not whole:
             self._visit(batch, offset)
             return
-        for self._pass in range(self._n_passes):
+        while self._pass < self._n_passes:
             self._visit(batch, offset)
             self._conclude()
+            self._pass += 1
         self._done = True
 
     def _visit(self, batch: Any, offset: int) -> None:
@@ -523,7 +526,7 @@ class _Order:
             return False
         self._conclude()
         self._pass += 1
-        return self._pass < self._n_passes
+        return bool(self._pass < self._n_passes)
 
     def result(self) -> list[Cut]:
         dtype = self._kernels._native.target_dtype
