@@ -161,8 +161,28 @@ def load_word(table, at):
 
 
 @triton.jit
+def load_scalar(table, at, WIDE: tl.constexpr):
+    """Load the Real whose bits a word of the table holds: of float32 the low half, to save registers."""
+    if WIDE:
+        real = tl.load(table.to(tl.pointer_type(tl.float64)) + at)
+    else:
+        real = tl.load(table.to(tl.pointer_type(tl.float32)) + 2 * at)
+    return real
+
+
+@triton.jit
+def load_key(table, at, WIDE: tl.constexpr):
+    """Load the key that a word of the table holds."""
+    if WIDE:
+        key = tl.load(table.to(tl.pointer_type(tl.int64)) + at)
+    else:
+        key = tl.load(table.to(tl.pointer_type(tl.int32)) + 2 * at)
+    return key
+
+
+@triton.jit
 def real_of_word(word, WIDE: tl.constexpr):
-    """Return the Real whose bits a word of the table holds."""
+    """Return the Real whose bits a word holds."""
     if WIDE:
         real = word.to(tl.float64, bitcast=True)
     else:

@@ -20,7 +20,9 @@ from .element import (
     draw16,
     draw32,
     key_of,
+    load_key,
     load_real,
+    load_scalar,
     load_word,
     real_of_word,
     store_real,
@@ -98,14 +100,14 @@ def is_above(
     """Return [BLOCK] bool: which values lie above their unit's cut. The key -1 has all above it."""
     if OVER == ROW:
         cut = load_unit_words(table, at, row, lane, left, MASKED)
+        if not WIDE:
+            cut = cut.to(tl.int32)
         tie = load_unit_words(table, at + 1, row, lane, left, MASKED) >= flat + lane
     else:
-        cut = load_word(table, at)
+        cut = load_key(table, at, WIDE)
         # Ties up to this place of the block are above: one 64-bit comparison for all of it.
         quota = tl.minimum(tl.maximum(load_word(table, at + 1) - flat, -1), BLOCK)
         tie = lane <= quota.to(tl.int32)
-    if not WIDE:
-        cut = cut.to(tl.int32)
     return (key > cut) | ((key == cut) & tie)
 
 
@@ -222,7 +224,7 @@ def keep_block(
                 inverses, first, lane, left, 0 if WIDE else 1, WIDE, ALIGNED, MASKED
             )
         else:
-            v = d * real_of_word(load_word(table, at + INVERSE), WIDE)
+            v = d * load_scalar(table, at + INVERSE, WIDE)
     return keep, tl.where(keep, v, 0.0)
 
 
@@ -237,7 +239,7 @@ def vote_of(v, value, table, at, VOTE: tl.constexpr, WIDE: tl.constexpr):
     elif VOTE == COUNT:
         vote = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, v))
     elif VOTE == NORMMASS:
-        scale = real_of_word(load_word(table, at + VOTE_SCALE), WIDE)
+        scale = load_scalar(table, at + VOTE_SCALE, WIDE)
         vote = (v * tl.abs(v)) * scale
     else:
         vote = v
@@ -313,7 +315,7 @@ def merge_elements_kernel(
         unit = unit_of(flat, cols, lane, OVER - 1, BLOCK, LONG)
     chosen = lane
     if SELECT:
-        n_experts = real_of_word(load_word(table, N_EXPERTS), WIDE)
+        n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
             TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
@@ -350,15 +352,15 @@ def merge_elements_kernel(
             v = apply_stage(v, b, flat + lane, table, at, STAGE, ARGUMENTS, WIDE)
         if OVER > TENSOR:
             word = load_unit_words(table, at + COEFFICIENT, unit, lane, left, MASKED)
+            value = v * real_of_word(word, WIDE)
         else:
-            word = load_word(table, at + COEFFICIENT)
-        value = v * real_of_word(word, WIDE)
+            value = v * load_scalar(table, at + COEFFICIENT, WIDE)
         if VOTE:
             vote = vote_of(v, value, table, at, VOTE, WIDE)
             plus = vote > 0
             minus = (vote >= 0) == 0  # NaN is carried by the minus camp
             if VOTE == NORMFRAC:
-                score = (v * v) * real_of_word(load_word(table, at + VOTE_SCALE), WIDE)
+                score = (v * v) * load_scalar(table, at + VOTE_SCALE, WIDE)
                 better = score > best_score
                 best_score = tl.where(better, score, best_score)
                 total = tl.where(better, v, total)
@@ -372,7 +374,7 @@ def merge_elements_kernel(
                 plus_value = plus_value + tl.where(plus, value, 0.0)
                 minus_value = minus_value + tl.where(minus, value, 0.0)
             if DIVIDE == BY_WEIGHT:
-                weight = real_of_word(load_word(table, at + WEIGHT), WIDE)
+                weight = load_scalar(table, at + WEIGHT, WIDE)
                 plus_weight = plus_weight + tl.where(plus, weight, 0.0)
                 minus_weight = minus_weight + tl.where(minus, weight, 0.0)
         elif k == 0:
@@ -394,18 +396,18 @@ def merge_elements_kernel(
         if DIVIDE == BY_WEIGHT:
             weight = tl.where(elect_plus, plus_weight, minus_weight)
             if HAS_FLOOR:
-                floor = real_of_word(load_word(table, FLOOR), WIDE)
+                floor = load_scalar(table, FLOOR, WIDE)
                 weight = tl.where(weight < floor, floor, weight)
             else:
                 weight = tl.where(weight == 0, 1.0, weight)
             merged = divide(merged, weight, WIDE)
     if DIVIDE == BY_CONSTANT:
-        merged = divide(merged, zero + real_of_word(load_word(table, DIVISOR), WIDE), WIDE)
+        merged = divide(merged, zero + load_scalar(table, DIVISOR, WIDE), WIDE)
     if VOTE:
         if ON_ZERO == ZERO_NOTHING:
             merged = tl.where(total == 0, 0.0, merged)
     if HAS_LAMBDA:
-        merged = merged * real_of_word(load_word(table, LAMBDA), WIDE)
+        merged = merged * load_scalar(table, LAMBDA, WIDE)
     if HAS_BASE:
         merged = b + merged
     store_real(merged, out, first, lane, left, OUT, WIDE, ALIGNED, MASKED)
@@ -423,36 +425,31 @@ def apply_stage(
     if ARGUMENTS == 0:
         made = STAGE(v, b, index)
     elif ARGUMENTS == 1:
-        made = STAGE(v, b, index, argument_of(table, word, WIDE))
+        made = STAGE(v, b, index, load_scalar(table, word, WIDE))
     elif ARGUMENTS == 2:
         made = STAGE(
-            v, b, index, argument_of(table, word, WIDE), argument_of(table, word + 1, WIDE)
+            v, b, index, load_scalar(table, word, WIDE), load_scalar(table, word + 1, WIDE)
         )
     elif ARGUMENTS == 3:
         made = STAGE(
             v,
             b,
             index,
-            argument_of(table, word, WIDE),
-            argument_of(table, word + 1, WIDE),
-            argument_of(table, word + 2, WIDE),
+            load_scalar(table, word, WIDE),
+            load_scalar(table, word + 1, WIDE),
+            load_scalar(table, word + 2, WIDE),
         )
     else:
         made = STAGE(
             v,
             b,
             index,
-            argument_of(table, word, WIDE),
-            argument_of(table, word + 1, WIDE),
-            argument_of(table, word + 2, WIDE),
-            argument_of(table, word + 3, WIDE),
+            load_scalar(table, word, WIDE),
+            load_scalar(table, word + 1, WIDE),
+            load_scalar(table, word + 2, WIDE),
+            load_scalar(table, word + 3, WIDE),
         )
     return made
-
-
-@triton.jit
-def argument_of(table, at, WIDE: tl.constexpr):
-    return real_of_word(load_word(table, at), WIDE)
 
 
 @triton.jit(do_not_specialize=["start", "n", "cols"])
@@ -498,7 +495,7 @@ def keep_elements_kernel(
         row = unit_of(flat, cols, lane, 1, BLOCK, LONG)
     chosen = lane
     if SELECT:
-        n_experts = real_of_word(load_word(table, N_EXPERTS), WIDE)
+        n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
             TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
@@ -572,7 +569,7 @@ def tally_votes_kernel(
         row = unit_of(flat, cols, lane, 1, BLOCK, LONG)
     chosen = lane
     if SELECT:
-        n_experts = real_of_word(load_word(table, N_EXPERTS), WIDE)
+        n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
             TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
@@ -598,10 +595,10 @@ def tally_votes_kernel(
             TRIM, REMOVE, SELECT, GIVEN, DROP, FINE[k], RESCALE, BLOCK, WIDE, ALIGNED,
             DRAWS_ALIGNED, MASKED,
         )  # fmt: skip
-        value = v * real_of_word(load_word(table, at + COEFFICIENT), WIDE)
+        value = v * load_scalar(table, at + COEFFICIENT, WIDE)
         vote = vote_of(v, value, table, at, VOTE, WIDE)
         if VOTE == NORMFRAC:
-            score = (v * v) * real_of_word(load_word(table, at + VOTE_SCALE), WIDE)
+            score = (v * v) * load_scalar(table, at + VOTE_SCALE, WIDE)
             better = score > best_score
             best_score = tl.where(better, score, best_score)
             total = tl.where(better, v, total)

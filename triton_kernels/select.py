@@ -151,21 +151,22 @@ def count_row_keys(
     return found
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "rank"])
+@triton.jit(do_not_specialize=["rows", "cols"])
 def select_rows_kernel(
     keys,  # int64, address of [rows, cols] int32, or int64 if WIDE
+    ranks,  # int64, address of [rows] int64, 1 .. cols
     values,  # int64, address of [rows] int64: the rank-th largest key
     ties,  # int64, address of [rows] int64: column of the last of its equals that is above
     rows: tl.int64,
     cols: tl.int64,
-    rank: tl.int64,  # 1 .. cols
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Find the cut of one rank in each of ROWS rows, bit by bit; the rows stay in the cache."""
+    """Find the cut of each of ROWS rows, bit by bit; the rows stay in the cache."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.load(ranks.to(tl.pointer_type(tl.int64)) + row, mask=row < rows, other=1)
     value = row * 0
     for i in range(BITS):
         bit = row * 0 + 1

@@ -40,7 +40,7 @@ def load_steps(
     return widen(raw, TYPE, WIDE)
 
 
-@triton.jit(do_not_specialize=["first_segment", "n_segments"])
+@triton.jit(do_not_specialize=["rounds", "first_segment", "n_segments"])
 def sum_lanes_kernel(
     base,  # int64, address of [n] BASE; not read without HAS_BASE
     x,  # int64, address of [n] X
@@ -51,6 +51,7 @@ def sum_lanes_kernel(
     skew,  # place in its segment of the chunk's first element; 0 over rows
     unit,  # elements of a unit: cols over rows, else skew + n
     unit_segments,
+    rounds,  # UNROLLED steps of 64 elements that the longest segment takes
     first_segment: tl.int64,
     n_segments: tl.int64,
     BASE: tl.constexpr,
@@ -79,7 +80,7 @@ def sum_lanes_kernel(
         went = carry.to(tl.pointer_type(tl.float64)) + lane + place[:, None] * 0
         total = tl.load(went, mask=segment == 0, other=0.0)
         left = tl.load(went + LANES, mask=segment == 0, other=0.0)
-    for outer in range(SEGMENT // LANES // UNROLLED):
+    for outer in range(rounds):
         for inner in tl.static_range(UNROLLED):
             step = begin + (outer * UNROLLED + inner) * LANES
             within = step + lane
