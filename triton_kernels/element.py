@@ -18,6 +18,9 @@ ABS64 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 INF32 = tl.constexpr(0x7F800000)
 INF64 = tl.constexpr(0x7FF0000000000000)
 
+#: The bits of an alarm, one for each half of a word.
+ALARM = tl.constexpr(0x80008000)
+
 #: The least upper bound of all NaNs: keys are cut to it, so that payloads decide nothing.
 NAN32 = tl.constexpr(0x7F800001)
 NAN64 = tl.constexpr(0x7FF0000000000001)
@@ -56,23 +59,66 @@ def widen(raw, TYPE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_real(
+def load_watched(
     address,  # int64, of [n] TYPE
     first,  # int64, element that the block starts at
     lane,  # [BLOCK] int32, 0, 1, ...
     left,  # elements from `first` to the end; only MASKED looks at it
     TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load a block of one operand as Real, zero behind its end, and [BLOCK] uint32 of alarms.
+
+    An alarm has a bit of ALARM set where the element is NaN or infinite. 16-bit types are loaded in pairs
+    and watched before they are widened: that takes half the operations, and above all the registers of
+    widened values need not be kept until the alarms are raised.
+    """
+    if ALIGNED and not MASKED and TYPE > F32:
+        pairs = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16) + first // 2
+        words = tl.load(pairs + tl.arange(0, BLOCK // 2))
+        if TYPE == F16:
+            low = widen((words & 0xFFFF).to(tl.uint16), TYPE, WIDE)
+            high = widen((words >> 16).to(tl.uint16), TYPE, WIDE)
+            alarm = (words & 0x7C007C00) + 0x04000400
+        else:
+            low = (words << 16).to(tl.float32, bitcast=True)
+            high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+            if WIDE:
+                low = low.to(tl.float64)
+                high = high.to(tl.float64)
+            alarm = (words & 0x7F807F80) + 0x00800080
+        value = tl.reshape(tl.join(low, high), [BLOCK])
+        alarm = tl.reshape(tl.join(alarm, alarm), [BLOCK])
+    else:
+        pointer = pointer_of(address, TYPE, ALIGNED) + first + lane
+        if MASKED:
+            raw = tl.load(pointer, mask=lane < left, other=0)
+        else:
+            raw = tl.load(pointer)
+        value = widen(raw, TYPE, WIDE)
+        limit = INF64 if WIDE else INF32
+        alarm = (bits_of(value, WIDE) >= limit).to(tl.uint32) << 31
+    return value, alarm
+
+
+@triton.jit
+def load_real(
+    address,
+    first,
+    lane,
+    left,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Load a block of one operand as Real, zero behind its end."""
-    pointer = pointer_of(address, TYPE, ALIGNED) + first + lane
-    if MASKED:
-        raw = tl.load(pointer, mask=lane < left, other=0)
-    else:
-        raw = tl.load(pointer)
-    return widen(raw, TYPE, WIDE)
+    value, _alarm = load_watched(address, first, lane, left, TYPE, BLOCK, WIDE, ALIGNED, MASKED)
+    return value
 
 
 @triton.jit

@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 
 from .element import (
-    INF32,
-    INF64,
-    bits_of,
+    ALARM,
     divide,
     draw16,
     draw32,
@@ -23,6 +21,7 @@ from .element import (
     load_key,
     load_real,
     load_scalar,
+    load_watched,
     load_word,
     real_of_word,
     store_real,
@@ -122,6 +121,7 @@ def variance_key(
     TYPES: tl.constexpr,
     K: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -129,7 +129,7 @@ def variance_key(
     """Return [BLOCK] keys of the population variance over experts."""
     mean = b
     for k in tl.static_range(K):
-        d = load_real(experts[k], first, lane, left, TYPES[k], WIDE, ALIGNED, MASKED)
+        d = load_real(experts[k], first, lane, left, TYPES[k], BLOCK, WIDE, ALIGNED, MASKED)
         if HAS_BASE:
             d = d - b
         if k == 0:
@@ -140,7 +140,7 @@ def variance_key(
     mean = divide(mean, count, WIDE)
     total = mean
     for k in tl.static_range(K):
-        d = load_real(experts[k], first, lane, left, TYPES[k], WIDE, ALIGNED, MASKED)
+        d = load_real(experts[k], first, lane, left, TYPES[k], BLOCK, WIDE, ALIGNED, MASKED)
         if HAS_BASE:
             d = d - b
         e = d - mean
@@ -221,7 +221,7 @@ def keep_block(
     if RESCALE:
         if DROP == RANKED:
             v = d * load_real(
-                inverses, first, lane, left, 0 if WIDE else 1, WIDE, ALIGNED, MASKED
+                inverses, first, lane, left, 0 if WIDE else 1, BLOCK, WIDE, ALIGNED, MASKED
             )
         else:
             v = d * load_scalar(table, at + INVERSE, WIDE)
@@ -304,9 +304,9 @@ def merge_elements_kernel(
     left = n - first
     zero = tl.zeros([BLOCK], tl.float64 if WIDE else tl.float32)
     b = zero
+    seen = tl.zeros([BLOCK], tl.uint32)
     if HAS_BASE:
-        b = load_real(base, first, lane, left, BASE, WIDE, ALIGNED, MASKED)
-    seen = bits_of(b, WIDE)
+        b, seen = load_watched(base, first, lane, left, BASE, BLOCK, WIDE, ALIGNED, MASKED)
     row = lane
     if TRIM == ROW or REMOVE == ROW:
         row = unit_of(flat, cols, lane, 1, BLOCK, LONG)
@@ -318,7 +318,7 @@ def merge_elements_kernel(
         n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
-            TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
+            TYPES, K, HAS_BASE, BLOCK, WIDE, ALIGNED, MASKED,
         )  # fmt: skip
         chosen = is_above(
             key, table, SELECT_KEY, row, flat, lane, left, TENSOR, BLOCK, WIDE, MASKED
@@ -334,8 +334,10 @@ def merge_elements_kernel(
     best_score = zero
     for k in tl.static_range(K):
         at = SHARED + k * (EXPERT + ARGUMENTS)
-        x = load_real(experts[k], first, lane, left, TYPES[k], WIDE, ALIGNED, MASKED)
-        seen = tl.maximum(seen, bits_of(x, WIDE))
+        x, alarm = load_watched(
+            experts[k], first, lane, left, TYPES[k], BLOCK, WIDE, ALIGNED, MASKED
+        )
+        seen = seen | alarm
         d = x
         if HAS_BASE:
             d = x - b
@@ -411,9 +413,8 @@ def merge_elements_kernel(
     if HAS_BASE:
         merged = b + merged
     store_real(merged, out, first, lane, left, OUT, WIDE, ALIGNED, MASKED)
-    worst = tl.max(seen, 0)
-    limit = INF64 if WIDE else INF32
-    tl.atomic_or(flag.to(tl.pointer_type(tl.int32)), 1, mask=worst >= limit, sem="relaxed")
+    raised = tl.max(((seen & ALARM) != 0).to(tl.int32), 0)
+    tl.atomic_or(flag.to(tl.pointer_type(tl.int32)), 1, mask=raised != 0, sem="relaxed")
 
 
 @triton.jit
@@ -489,7 +490,7 @@ def keep_elements_kernel(
     left = n - first
     b = tl.zeros([BLOCK], tl.float64 if WIDE else tl.float32)
     if HAS_BASE:
-        b = load_real(base, first, lane, left, BASE, WIDE, ALIGNED, MASKED)
+        b = load_real(base, first, lane, left, BASE, BLOCK, WIDE, ALIGNED, MASKED)
     row = lane
     if TRIM == ROW or REMOVE == ROW:
         row = unit_of(flat, cols, lane, 1, BLOCK, LONG)
@@ -498,13 +499,13 @@ def keep_elements_kernel(
         n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
-            TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
+            TYPES, K, HAS_BASE, BLOCK, WIDE, ALIGNED, MASKED,
         )  # fmt: skip
         chosen = is_above(
             key, table, SELECT_KEY, row, flat, lane, left, TENSOR, BLOCK, WIDE, MASKED
         )
     for k in tl.static_range(K):
-        d = load_real(experts[k], first, lane, left, TYPES[k], WIDE, ALIGNED, MASKED)
+        d = load_real(experts[k], first, lane, left, TYPES[k], BLOCK, WIDE, ALIGNED, MASKED)
         if HAS_BASE:
             d = d - b
         mask_of = given
@@ -563,7 +564,7 @@ def tally_votes_kernel(
     zero = tl.zeros([BLOCK], tl.float64 if WIDE else tl.float32)
     b = zero
     if HAS_BASE:
-        b = load_real(base, first, lane, left, BASE, WIDE, ALIGNED, MASKED)
+        b = load_real(base, first, lane, left, BASE, BLOCK, WIDE, ALIGNED, MASKED)
     row = lane
     if TRIM == ROW or REMOVE == ROW:
         row = unit_of(flat, cols, lane, 1, BLOCK, LONG)
@@ -572,7 +573,7 @@ def tally_votes_kernel(
         n_experts = load_scalar(table, N_EXPERTS, WIDE)
         key = variance_key(
             b, experts, first, lane, left, n_experts,
-            TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED,
+            TYPES, K, HAS_BASE, BLOCK, WIDE, ALIGNED, MASKED,
         )  # fmt: skip
         chosen = is_above(
             key, table, SELECT_KEY, row, flat, lane, left, TENSOR, BLOCK, WIDE, MASKED
@@ -583,7 +584,7 @@ def tally_votes_kernel(
     best_score = zero
     for k in tl.static_range(K):
         at = SHARED + k * EXPERT
-        d = load_real(experts[k], first, lane, left, TYPES[k], WIDE, ALIGNED, MASKED)
+        d = load_real(experts[k], first, lane, left, TYPES[k], BLOCK, WIDE, ALIGNED, MASKED)
         if HAS_BASE:
             d = d - b
         mask_of = given

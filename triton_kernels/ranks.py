@@ -48,7 +48,9 @@ def keep_probabilities(keys: Tensor, low: float, high: float, by_value: bool) ->
 def draw_thresholds(p: Tensor) -> Tensor:
     """Return int32: an element is kept iff its 16-bit draw is less. NaN keeps nothing."""
     scaled = p * torch.full_like(p, float(FULL))
-    return torch.floor(scaled + torch.full_like(p, 0.5)).clamp(0, FULL).nan_to_num(0).to(torch.int32)
+    return (
+        torch.floor(scaled + torch.full_like(p, 0.5)).clamp(0, FULL).nan_to_num(0).to(torch.int32)
+    )
 
 
 def rescale_factors(p: Tensor, thresholds: Tensor, given: bool) -> Tensor:

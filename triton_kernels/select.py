@@ -55,9 +55,9 @@ def write_keys_kernel(
     """Write the keys of one expert's deltas."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    d = load_real(x, first, lane, n - first, X, WIDE, ALIGNED, MASKED)
+    d = load_real(x, first, lane, n - first, X, BLOCK, WIDE, ALIGNED, MASKED)
     if HAS_BASE:
-        d = d - load_real(base, first, lane, n - first, BASE, WIDE, ALIGNED, MASKED)
+        d = d - load_real(base, first, lane, n - first, BASE, BLOCK, WIDE, ALIGNED, MASKED)
     store_keys(key_of(d, WIDE), keys, first, lane, n - first, WIDE, ALIGNED, MASKED)
 
 
@@ -82,10 +82,10 @@ def write_variance_keys_kernel(
     lane = tl.arange(0, BLOCK)
     b = tl.zeros([BLOCK], tl.float64 if WIDE else tl.float32)
     if HAS_BASE:
-        b = load_real(base, first, lane, n - first, BASE, WIDE, ALIGNED, MASKED)
+        b = load_real(base, first, lane, n - first, BASE, BLOCK, WIDE, ALIGNED, MASKED)
     count = real_of_word(n_experts.to(tl.int64), WIDE)
     key = variance_key(
-        b, experts, first, lane, n - first, count, TYPES, K, HAS_BASE, WIDE, ALIGNED, MASKED
+        b, experts, first, lane, n - first, count, TYPES, K, HAS_BASE, BLOCK, WIDE, ALIGNED, MASKED
     )
     store_keys(key, keys, first, lane, n - first, WIDE, ALIGNED, MASKED)
 
@@ -137,9 +137,7 @@ def count_equal_kernel(
 
 
 @triton.jit
-def count_row_keys(
-    keys, row, cols, rows, bound, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+def count_row_keys(keys, row, cols, rows, bound, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Return [ROWS] int64: how many keys of each row are at least `bound`."""
     column = tl.arange(0, BLOCK)
     found = row * 0

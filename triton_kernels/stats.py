@@ -149,10 +149,10 @@ def sum_columns_kernel(
     end = tl.minimum((block + 1) * LANES - skew, rows)
     for row in range(begin, end):
         first = row * cols + column
-        d = load_real(x, first, lane, left, X, WIDE, ALIGNED, True)
-        e = load_real(y, first, lane, left, Y, WIDE, ALIGNED, True)
+        d = load_real(x, first, lane, left, X, BLOCK, WIDE, ALIGNED, True)
+        e = load_real(y, first, lane, left, Y, BLOCK, WIDE, ALIGNED, True)
         if HAS_BASE:
-            b = load_real(base, first, lane, left, BASE, WIDE, ALIGNED, True)
+            b = load_real(base, first, lane, left, BASE, BLOCK, WIDE, ALIGNED, True)
             d = d - b
             e = e - b
         total = total + d.to(tl.float64) * e.to(tl.float64)

@@ -87,7 +87,9 @@ class _Segments:
         self._carry: Tensor | None = None
         self._sums: list[Tensor] = []
 
-    def feed(self, kernels: TritonKernels, chunk: Chunk, x: int, y: int, mask: int, term: int) -> None:
+    def feed(
+        self, kernels: TritonKernels, chunk: Chunk, x: int, y: int, mask: int, term: int
+    ) -> None:
         """Go on with a piece. mask: address of what is kept of it, or 0."""
         skew = self.position % SEGMENT
         n_segments = -(-(skew + chunk.n) // SEGMENT)
@@ -281,7 +283,9 @@ class GramSweep:
             return self._sums[p].result(self._kernels)[:1].cpu()
         parts, carry = self._parts[p], self._carry[p]
         if self._request.axis is Axis.ROW:
-            return torch.cat(parts).cpu() if parts else torch.zeros(self._units, dtype=torch.float64)
+            return (
+                torch.cat(parts).cpu() if parts else torch.zeros(self._units, dtype=torch.float64)
+            )
         if carry is not None:
             parts = [*parts, carry[None]]
         leaves = torch.cat(parts) if parts else torch.zeros((0, self._units), dtype=torch.float64)
@@ -303,7 +307,18 @@ class BalanceSweep:
         self._plan = lower_walk(walk, k, wide)
         self._table = kernels.upload(self._plan.table())
         self._balance = kernels.zeros(1, dtype="int64")
-        names = ("K", "TRIM", "REMOVE", "SELECT", "GIVEN", "DROP", "FINE", "RESCALE", "VOTE", "WIDE")
+        names = (
+            "K",
+            "TRIM",
+            "REMOVE",
+            "SELECT",
+            "GIVEN",
+            "DROP",
+            "FINE",
+            "RESCALE",
+            "VOTE",
+            "WIDE",
+        )
         self._flags = {name: self._plan.flags[name] for name in names}
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
