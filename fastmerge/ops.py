@@ -73,7 +73,7 @@ def _load_cuda(device: str) -> Kernels:
 def _load_triton(device: str) -> Kernels:
     from fastmerge.backends.triton import TritonKernels
 
-    return TritonKernels(device)  # type: ignore[abstract]
+    return TritonKernels(device)
 
 
 def _load_reference(device: str) -> Kernels:
@@ -102,8 +102,8 @@ BACKENDS = (
     Entry("cpu", ("cpu",), "C++, instruction set chosen at run time", _why_not_cpu, _load_cpu),
     Entry("triton", ("cuda", *_INTERPRETED), "compiled at first use; NVIDIA and AMD GPUs", _why_not_triton,
           _load_triton),
-    Entry("reference", ("cpu", "cuda"), "torch, one plain operation at a time, on the host", _why_not_reference,
-          _load_reference),
+    Entry("reference", ("cpu", "cuda"), "torch, one plain operation at a time, on the host",
+          _why_not_reference, _load_reference),
 )  # fmt: skip
 
 

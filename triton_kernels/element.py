@@ -47,7 +47,7 @@ def pointer_of(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def widen(raw, TYPE: tl.constexpr, WIDE: tl.constexpr):
     """Return Real of a stored element, exactly."""
-    if TYPE == F64 or TYPE == F32:
+    if TYPE <= F32:
         value = raw
     elif TYPE == F16:
         value = raw.to(tl.float16, bitcast=True).to(tl.float32)
@@ -234,6 +234,15 @@ def real_of_word(word, WIDE: tl.constexpr):
     else:
         real = word.to(tl.int32).to(tl.float32, bitcast=True)
     return real
+
+
+@triton.jit
+def bytes_of(address, ALIGNED: tl.constexpr):
+    """Cast an address to a pointer to uint8."""
+    pointer = address.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 # ---- keys and arithmetic -------------------------------------------------------------------------

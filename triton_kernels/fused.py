@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .element import (
     ALARM,
+    bytes_of,
     divide,
     draw16,
     draw32,
@@ -196,7 +197,7 @@ def keep_block(
     if SELECT:
         keep = keep & chosen
     if GIVEN:
-        pointer = mask_of.to(tl.pointer_type(tl.uint8)) + first + lane
+        pointer = bytes_of(mask_of, ALIGNED) + first + lane
         if MASKED:
             keep = keep & (tl.load(pointer, mask=lane < left, other=0) != 0)
         else:
@@ -210,9 +211,10 @@ def keep_block(
         keep = keep & (draw < load_word(table, at + THRESHOLD).to(tl.uint32))
     elif DROP == RANKED:
         draw = draw16(load_word(table, at + DRAW_KEY), flat, BLOCK, DRAWS_ALIGNED)
-        pointer = thresholds.to(tl.pointer_type(tl.uint32)) + first + lane
+        pointer = thresholds.to(tl.pointer_type(tl.uint32))
         if ALIGNED:
-            pointer = tl.max_contiguous(pointer, BLOCK)
+            pointer = tl.multiple_of(pointer, 16)
+        pointer = pointer + first + lane
         if MASKED:
             keep = keep & (draw < tl.load(pointer, mask=lane < left, other=0))
         else:
@@ -344,7 +346,7 @@ def merge_elements_kernel(
         mask_of = given
         if GIVEN:
             mask_of = given[k]
-        keep, v = keep_block(
+        _keep, v = keep_block(
             d, chosen, table, at, mask_of, thresholds + k * stride * 4,
             inverses + k * stride * (8 if WIDE else 4), first, flat, row, lane, left,
             TRIM, REMOVE, SELECT, GIVEN, DROP, FINE[k], RESCALE, BLOCK, WIDE, ALIGNED,
@@ -405,9 +407,8 @@ def merge_elements_kernel(
             merged = divide(merged, weight, WIDE)
     if DIVIDE == BY_CONSTANT:
         merged = divide(merged, zero + load_scalar(table, DIVISOR, WIDE), WIDE)
-    if VOTE:
-        if ON_ZERO == ZERO_NOTHING:
-            merged = tl.where(total == 0, 0.0, merged)
+    if VOTE and ON_ZERO == ZERO_NOTHING:
+        merged = tl.where(total == 0, 0.0, merged)
     if HAS_LAMBDA:
         merged = merged * load_scalar(table, LAMBDA, WIDE)
     if HAS_BASE:
@@ -457,14 +458,14 @@ def apply_stage(
 def keep_elements_kernel(
     base,  # int64, address of [n] BASE; not read without HAS_BASE
     experts,  # K x int64, addresses of [n] TYPES[k]
-    out,  # int64, address of [K, n_out] uint8
+    out,  # int64, address of [K, out_stride] uint8
     table,  # int64, address of [words] int64
     given,  # K x int64, addresses of [n] uint8
     thresholds,  # int64, address of [K, stride] uint32
     stride,
+    out_stride,
     start: tl.int64,
     n: tl.int64,
-    n_out: tl.int64,
     cols: tl.int64,
     K: tl.constexpr,
     BASE: tl.constexpr,
@@ -517,7 +518,7 @@ def keep_elements_kernel(
             TRIM, REMOVE, SELECT, GIVEN, DROP, FINE[k], False, BLOCK, WIDE, ALIGNED,
             DRAWS_ALIGNED, MASKED,
         )  # fmt: skip
-        pointer = out.to(tl.pointer_type(tl.uint8)) + k * n_out + first + lane
+        pointer = bytes_of(out + k * out_stride, ALIGNED) + first + lane
         if MASKED:
             tl.store(pointer, keep.to(tl.uint8), mask=lane < left)
         else:
@@ -590,7 +591,7 @@ def tally_votes_kernel(
         mask_of = given
         if GIVEN:
             mask_of = given[k]
-        keep, v = keep_block(
+        _keep, v = keep_block(
             d, chosen, table, at, mask_of, thresholds + k * stride * 4,
             inverses + k * stride * (8 if WIDE else 4), first, flat, row, lane, left,
             TRIM, REMOVE, SELECT, GIVEN, DROP, FINE[k], RESCALE, BLOCK, WIDE, ALIGNED,

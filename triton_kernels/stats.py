@@ -9,7 +9,7 @@ the tree's upper part costs an eighth of a byte per element.
 import triton
 import triton.language as tl
 
-from .element import load_real, pointer_of, widen
+from .element import bytes_of, load_real, pointer_of, widen
 
 LANES = tl.constexpr(64)
 SEGMENT = tl.constexpr(4096)
@@ -104,7 +104,7 @@ def sum_lanes_kernel(
                 term = term * e.to(tl.float64)
             total = total + term
             if HAS_MASK:
-                pointer = mask.to(tl.pointer_type(tl.uint8)) + offset
+                pointer = bytes_of(mask, ALIGNED) + offset
                 if MASKED:
                     kept = tl.load(pointer, mask=there, other=0)
                 else:

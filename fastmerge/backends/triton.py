@@ -72,7 +72,7 @@ class Tiles:
     block: int = 1024
     count: int = 8192
     segments: int = 16
-    rows: int = 4096
+    rows: int = 2048
     direct: int = 1 << 16
 
 
@@ -162,7 +162,8 @@ class TritonKernels(Kernels):
         m = chunk.cols if drop.axis is Axis.ROW else chunk.n
         keys = self.keys(chunk, k).view(-1, m)
         by_value = drop.by == "value"
-        return keep_probabilities(keys, drop.low[k], drop.high[k], by_value).view(-1)
+        p: Tensor = keep_probabilities(keys, drop.low[k], drop.high[k], by_value)
+        return p.view(-1)
 
     def prepare(self, plan: Plan, chunk: Chunk, begin: int = 0) -> Prepared:
         """Make ready what the keep stages read: masks on the device, thresholds of a ranked drop.
@@ -172,9 +173,7 @@ class TritonKernels(Kernels):
         from fastmerge.triton_kernels.ranks import draw_thresholds, rescale_factors
 
         masks = [
-            self._torch.as_tensor(m).to(self.device, self._torch.uint8).contiguous().view(-1)
-            if getattr(m, "dtype", None) in (np.uint8, self._torch.uint8)
-            else (self._torch.as_tensor(m) != 0).to(self.device, self._torch.uint8).view(-1)
+            (self._torch.as_tensor(m).to(self.device) != 0).view(self._torch.uint8).reshape(-1)
             for m in plan.masks
         ]
         given = tuple(m.data_ptr() + begin for m in masks)
@@ -254,7 +253,8 @@ class TritonKernels(Kernels):
                     part.base.address if part.base else 0,
                     tuple(x.address for x in part.experts), to, table, r.given, r.thresholds,
                     r.inverses, r.stride, flag, part.start, n, max(1, part.cols),
-                    OUT=out.dtype.code, MASKED=masked, **self.operand_flags(part, to), **plan.flags,
+                    OUT=out.dtype.code, MASKED=masked, 
+                    **self.operand_flags(part, to, *given_of(r)), **plan.flags,
                 )  # fmt: skip
 
     def refuses(self, walk: Walk) -> str | None:
@@ -269,7 +269,8 @@ class TritonKernels(Kernels):
         """Return [K, n] uint8 of one span: what the keep stages leave."""
         from fastmerge.triton_kernels.fused import keep_elements_kernel
 
-        out = self.empty(len(chunk.experts), chunk.n, dtype="uint8")
+        stride = -(-chunk.n // 16) * 16
+        out = self.empty(len(chunk.experts), stride, dtype="uint8")
         flags = {k: v for k, v in plan.flags.items() if k != "RESCALE"}
         for a, n, programs, masked in self.pieces(chunk.n, self.tiles.block):
             part = sliced(chunk, a, a + n)
@@ -277,11 +278,11 @@ class TritonKernels(Kernels):
             self.launch(
                 keep_elements_kernel, (programs,),
                 part.base.address if part.base else 0, tuple(x.address for x in part.experts),
-                out.data_ptr() + a, table, r.given, r.thresholds, r.stride,
-                part.start, n, chunk.n, max(1, part.cols),
-                HAS_BASE=part.base is not None, MASKED=masked, **self.operand_flags(part), **flags,
+                out.data_ptr() + a, table, r.given, r.thresholds, r.stride, stride,
+                part.start, n, max(1, part.cols), HAS_BASE=part.base is not None, MASKED=masked,
+                **self.operand_flags(part, *given_of(r)), **flags,
             )  # fmt: skip
-        return out
+        return out[:, : chunk.n]
 
     def keep_mask(self, keep: Keep, chunk: Chunk) -> Any:
         plan = lower_keep(keep, len(chunk.experts), chunk.compute is DType.F64)
@@ -289,7 +290,7 @@ class TritonKernels(Kernels):
             return self._as_operands(self.zeros(len(chunk.experts), chunk.n, dtype="uint8"))
         table = self.upload(plan.table())
         ready = self.prepare(plan, chunk)
-        return self._as_operands(self.mask_span(plan, chunk, table.data_ptr(), ready))
+        return self._as_operands(self.mask_span(plan, chunk, table.data_ptr(), ready).contiguous())
 
     def keep_probability(self, drop: RankedDrop, chunk: Chunk) -> Any:
         p = self.empty(len(chunk.experts), chunk.n, dtype="float64")
@@ -317,6 +318,11 @@ class TritonKernels(Kernels):
 
 #: By whether a ranked drop makes scratch memory: a walk without it is cut by nothing.
 SPAN_OF = {True: 1 << 23, False: 1 << 62}
+
+
+def given_of(ready: Prepared) -> tuple[int, ...]:
+    """Return the addresses of masks from outside, if there are any."""
+    return ready.given if isinstance(ready.given, tuple) else ()
 
 
 def aligned(*addresses: int) -> bool:

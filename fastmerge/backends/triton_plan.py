@@ -1,4 +1,4 @@
-"""Stages lowered to what the Triton kernels take: one table of 64-bit words and flags fixed at compile time."""
+"""Stages lowered to what the Triton kernels take: a table of 64-bit words, and compile-time constants."""
 
 from __future__ import annotations
 

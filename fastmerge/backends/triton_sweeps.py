@@ -155,7 +155,7 @@ def sum_lanes(
             BASE=base.dtype.code if base else 0, X=one.dtype.code, Y=two.dtype.code,
             HAS_BASE=base is not None, TERM=term, HAS_MASK=bool(mask), HAS_CARRY=carried is not None,
             SEGMENTS=tile, WIDE=chunk.compute.itemsize == 8,
-            ALIGNED=aligned(base.address if base else 0, one.address, two.address),
+            ALIGNED=aligned(base.address if base else 0, one.address, two.address, mask),
             WHOLE_STEPS=unit % LANES == 0 and skew % LANES == 0, MASKED=masked,
         )  # fmt: skip
         if part is not lanes:
@@ -258,7 +258,7 @@ class GramSweep:
         blocks = -(-(skew + rows) // LANES)
         sums = self._kernels.empty(blocks, cols, dtype="float64")
         carry = self._carry[p]
-        width = min(self._kernels.tiles.block, 256)
+        width = self._kernels.tiles.block
         self._kernels.launch(
             sum_columns_kernel, (blocks, -(-cols // width)), base.address if base else 0, x.address,
             y.address, 0 if carry is None else carry.data_ptr(), sums.data_ptr(), skew, rows, cols,
@@ -322,6 +322,7 @@ class BalanceSweep:
         self._flags = {name: self._plan.flags[name] for name in names}
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
+        from fastmerge.backends.triton import given_of
         from fastmerge.triton_kernels.fused import tally_votes_kernel
 
         kernels = self._kernels
@@ -336,7 +337,7 @@ class BalanceSweep:
                     self._table.data_ptr(), r.given, r.thresholds, r.inverses, r.stride,
                     self._balance.data_ptr(), part.start, n, max(1, part.cols),
                     HAS_BASE=part.base is not None, MASKED=masked,
-                    **kernels.operand_flags(part), **self._flags,
+                    **kernels.operand_flags(part, *given_of(r)), **self._flags,
                 )  # fmt: skip
 
     def next_pass(self) -> bool:
