@@ -9,8 +9,8 @@ from pathlib import Path
 # Triton decides when a kernel is declared whether it is compiled or interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -289,7 +289,7 @@ def test_sign_balance_of_a_rescaled_drop(small: backend.TritonKernels) -> None:
 
 def test_known_answers_of_philox() -> None:
     """Random123's kat_vectors, philox4x32-10."""
-    import philox_probe
+    import triton_probes
 
     ones = 0xFFFFFFFF
     answers = {
@@ -300,7 +300,7 @@ def test_known_answers_of_philox() -> None:
         ),
     }  # fmt: skip
     for (counter, key), answer in answers.items():
-        assert philox_probe.words(counter, key) == answer
+        assert triton_probes.words(counter, key) == answer
 
 
 # ---- methods -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .element import key_of, load_real, real_of_word
-from .fused import variance_key
+from .keep import variance_key
 
 THRESHOLDS = tl.constexpr(16)
 

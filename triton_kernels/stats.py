@@ -40,7 +40,7 @@ def load_steps(
     return widen(raw, TYPE, WIDE)
 
 
-@triton.jit(do_not_specialize=["rounds", "first_segment", "n_segments"])
+@triton.jit(do_not_specialize=["unit", "rounds", "first_segment", "n_segments"])
 def sum_lanes_kernel(
     base,  # int64, address of [n] BASE; not read without HAS_BASE
     x,  # int64, address of [n] X
@@ -49,7 +49,8 @@ def sum_lanes_kernel(
     carry,  # int64, address of [2, LANES] float64: where the first segment goes on; only if HAS_CARRY
     lanes,  # int64, address of [2, n_segments, LANES] float64: sums of all, and of what is kept
     skew,  # place in its segment of the chunk's first element; 0 over rows
-    unit,  # elements of a unit: cols over rows, else skew + n
+    pitch,  # elements from one unit to the next: cols over rows, else 0
+    unit: tl.int64,  # elements of a unit: cols over rows, else skew + n
     unit_segments,
     rounds,  # UNROLLED steps of 64 elements that the longest segment takes
     first_segment: tl.int64,
@@ -73,7 +74,7 @@ def sum_lanes_kernel(
     lane = tl.arange(0, LANES)[None, :]
     row = segment // unit_segments
     begin = (segment - row * unit_segments) * SEGMENT
-    origin = row * unit - skew
+    origin = row * pitch - skew
     total = tl.zeros([SEGMENTS, LANES], tl.float64)
     left = tl.zeros([SEGMENTS, LANES], tl.float64)
     if HAS_CARRY:

@@ -1,7 +1,8 @@
 """The Triton backend: kernels compiled at first use, for NVIDIA and AMD GPUs, or interpreted on the host.
 
 Where no compiled backend was built, and for methods that bring a stage of their own. The kernels are in
-`fastmerge.triton_kernels`; `triton_plan` lowers stages to their arguments, `triton_sweeps` has the statistics.
+`fastmerge.triton_kernels`; `triton_plan` lowers stages to their arguments, `triton_sweeps` and
+`triton_order` have the statistics.
 """
 
 from __future__ import annotations
@@ -304,11 +305,11 @@ class TritonKernels(Kernels):
     def sweep(
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
     ) -> Sweep:
-        from fastmerge.backends import triton_sweeps
+        from fastmerge.backends import triton_order, triton_sweeps
 
         wide = compute is DType.F64
         if isinstance(statistic, OrderStatistic):
-            return triton_sweeps.OrderSweep(self, statistic, n, cols, n_experts, wide)
+            return triton_order.OrderSweep(self, statistic, n, cols, n_experts, wide)
         if isinstance(statistic, Moments):
             return triton_sweeps.MomentSweep(self, statistic, n_experts, wide)
         if isinstance(statistic, Gram):

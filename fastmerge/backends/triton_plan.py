@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastmerge.backends import Chunk
 from fastmerge.backends.lowering import DIVIDE, ON_ZERO, VOTES, given_masks
-from fastmerge.stages import Axis, Cut, Drop, Keep, RankedDrop, Walk
+from fastmerge.stages import F64, Axis, Cut, Drop, Keep, RankedDrop, Walk
 
 Words = NDArray[np.int64]
 
@@ -49,12 +49,12 @@ def key_words(values: Any, wide: bool) -> Words:
     return np.where(x < 0, -1, keys)
 
 
-def value_of_key(key: int, wide: bool) -> float:
-    """Return |x| of a key, in float64."""
-    if key > INF_KEY[wide]:
-        return math.nan
-    bits = np.array([key], dtype=np.int64 if wide else np.int32)
-    return float(bits.view(np.float64 if wide else np.float32)[0])
+def values_of_keys(keys: Any, wide: bool) -> F64:
+    """Return the |x| of keys, in float64."""
+    held = np.asarray(keys, np.int64)
+    bits = np.minimum(held, INF_KEY[wide]).astype(np.int64 if wide else np.int32)
+    values = bits.view(np.float64 if wide else np.float32).astype(np.float64)
+    return np.where(held > INF_KEY[wide], math.nan, values)
 
 
 @dataclass

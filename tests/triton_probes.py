@@ -1,4 +1,4 @@
-"""One block of Philox in Triton, for its known answers. A file, because Triton reads a kernel's source."""
+"""Small Triton functions for tests: a block of Philox and a stage. A file, for Triton reads source."""
 
 import torch
 import triton
@@ -29,3 +29,9 @@ def words(counter: tuple[int, ...], key: int) -> tuple[int, ...]:
     out = torch.zeros(4, dtype=torch.uint32)
     draw_block_kernel[(1,)](seed.data_ptr(), held.data_ptr(), out.data_ptr())
     return tuple(int(x) for x in out.tolist())
+
+
+@triton.jit
+def halve(v, base, index, factor):
+    """Return v * factor: a stage of a method's own, at its simplest."""
+    return v * factor
