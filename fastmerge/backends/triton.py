@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: What a GPU's driver leaves in the file system: NVIDIA's, AMD's, and that of Linux under Windows.
+GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
 def interprets() -> bool:
     """Return whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -53,10 +58,11 @@ def why_not() -> str | None:
             return f"{name} is not installed"
     if interprets():
         return None
-    import torch
+    if any(Path(node).exists() for node in GPU_NODES):  # else torch need not be imported to know
+        import torch
 
-    if torch.cuda.is_available():
-        return None
+        if torch.cuda.is_available():
+            return None
     return "no CUDA or ROCm device; TRITON_INTERPRET=1 runs it on the host, slowly"
 
 
