@@ -28,7 +28,7 @@ test-all: venv
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check fastmerge tests benchmarks examples setup.py
+	$(BIN)/ruff format --check fastmerge tests benchmarks examples triton_kernels setup.py
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.[ch]pp' -o -name '*.inl')
 	$(BIN)/mypy
 	$(BIN)/lint-imports

@@ -73,7 +73,7 @@ def _load_cuda(device: str) -> Kernels:
 def _load_triton(device: str) -> Kernels:
     from fastmerge.backends.triton import TritonKernels
 
-    return TritonKernels(device)  # type: ignore[abstract]
+    return TritonKernels(device)
 
 
 def _load_reference(device: str) -> Kernels:

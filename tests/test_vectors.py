@@ -16,15 +16,17 @@ import torch
 from vector_claims import Case, claim_of, read_cases, tensor, unclaimed_reason
 from vector_runners import BackendRunner, OracleRunner, Runner
 
-#: The one golden file that holds no vectors; test_instructions.py reads it.
-INSTRUCTIONS = Path(__file__).parent / "golden" / "instructions.json"
+#: The golden files that hold no vectors: test_instructions.py and test_triton_build.py read them.
+RECORDS = {
+    Path(__file__).parent / "golden" / name for name in ("instructions.json", "triton_build.json")
+}
 RUNNERS: tuple[Runner, ...] = (OracleRunner(), BackendRunner("reference"), BackendRunner("cpu"))
 
 
 def _items(root: Path) -> list[Any]:
     """Return (case or file, runner or reason) for everything under `root`; a reason of '' fails."""
     items = []
-    files = {p for p in root.rglob("*") if p.suffix in (".json", ".npz")} - {INSTRUCTIONS}
+    files = {p for p in root.rglob("*") if p.suffix in (".json", ".npz")} - RECORDS
     for path in sorted(files):
         cases = read_cases(path) if path.suffix == ".json" else []
         if not cases:
