@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -39,16 +41,19 @@ def build(progress: Progress) -> str | None:
     """Build the extensions in place; return why not, in a line."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     progress.say("building: " + " ".join(command[1:]))
+    # A session of its own: compilers that outlive the build would disturb what is timed.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    made = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=BUILD_SECONDS
-        )
+        output, _ = made.communicate(timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"not built in {BUILD_SECONDS:.0f} s"
+        os.killpg(made.pid, signal.SIGKILL)
+        made.communicate()
+        return f"not built in {BUILD_SECONDS:.0f} s; build it first, then run with --no-build"
     importlib.invalidate_caches()
-    if done.returncode == 0:
+    if made.returncode == 0:
         return None
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    lines = [line for line in output.splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
     return telling[0].strip()[:300]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from fastmerge.backends import Kernels
 ROOT = Path(__file__).resolve().parent.parent
 #: Bytes written between repetitions, at the least: several times any card's L2.
 FLUSHED = 1 << 28
-#: What a launch is queued behind, in cycles: some 20 us, in which the host queues launch and events.
-HOLD_CYCLES = 40_000
+#: What a launch is queued behind, in cycles: some 40 us, in which the host queues launch and events.
+HOLD_CYCLES = 80_000
 
 
 class Host:
@@ -77,7 +78,7 @@ class Gpu(Host):
         self._properties = torch.cuda.get_device_properties(0)
         self.name = self._properties.name
         l2 = getattr(self._properties, "L2_cache_size", 0)
-        self._flushed = torch.empty(max(FLUSHED, 3 * l2), dtype=torch.uint8, device=self.where)
+        self._flushed = torch.empty(max(FLUSHED, 4 * l2), dtype=torch.uint8, device=self.where)
         self._turn = 0
 
     def synchronise(self) -> None:
@@ -104,6 +105,8 @@ class Gpu(Host):
     def flush(self) -> None:
         self._turn = (self._turn + 1) % 251
         self._flushed.fill_(self._turn)
+        # Read it as well: what was written would go to memory in the time of the kernel that comes next.
+        self._flushed.view(torch.int32).max()
 
     @contextmanager
     def another_stream(self) -> Iterator[None]:
@@ -301,6 +304,9 @@ def subject_of(name: str, device: Host, emulated: Path | None = None) -> Subject
     else:
         from fastmerge.backends import triton
 
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        if not interpreted and not isinstance(device, Gpu):
+            return "a rehearsal needs TRITON_INTERPRET=1 for it"
         if reason := triton.why_not():
             return reason
         kernels = triton.TritonKernels(str(device.where))  # type: ignore[abstract]

@@ -169,6 +169,16 @@ def test_a_broken_kernel_leaves_the_others(tiny: None) -> None:
     assert any(r["name"] == "ties K=4" for r in bench.result["kernels"])
 
 
+def test_a_method_of_unknown_parameters_is_left_out(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_verify, "VARIATIONS", {"slerp": [{}]})
+    bench = bench_of(Stood())
+    assert bench.run(["verify"]) == 0
+    left_out = bench.result["verification"][0]["left_out"]
+    assert any("method slerp" in line and "requires t" in line for line in left_out)
+
+
 def test_comparing_knows_one_nan_only() -> None:
     a = torch.tensor([1.0, float("nan"), -0.0])
     b = a.clone()
@@ -209,6 +219,15 @@ def test_command(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         bench_gpu.main(["--rehearse", "--out", str(bench_gpu.RESULTS / "gpu-x.json")])
     assert "measures nothing" in capsys.readouterr().err
+
+
+def test_a_build_that_takes_too_long_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "setup.py").write_text("import subprocess; subprocess.run(['sleep', '60'])")
+    monkeypatch.setattr(bench_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_gpu, "BUILD_SECONDS", 0.5)
+    assert "not built in 0 s" in str(bench_gpu.build(gpu_parts.Progress()))
 
 
 def test_a_build_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
