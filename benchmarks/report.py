@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_model
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
@@ -156,6 +158,79 @@ def ops_table(data: Row) -> list[str]:
     return [summary, provenance(data, what), *table(columns, data["rows"]), "\n</details>"]
 
 
+def gpu_table(data: Row) -> list[str]:
+    """What one card was measured at: kernels beside a copy, then whole methods beside torch."""
+    columns: list[Column] = [
+        ("kernel", lambda r: r["name"]),
+        ("backend", lambda r: r["backend"]),
+        ("bytes/element", lambda r: f"{r['bytes'] / r['elements']:.1f}"),
+        ("us", lambda r: f"{r['kernel_s'] * 1e6:.0f}"),
+        ("20th, 80th percentile", lambda r: f"{r['kernel_p20_s'] * 1e6:.0f}, {r['kernel_p80_s'] * 1e6:.0f}"),
+        ("GB/s", lambda r: f"{r['bytes_per_s'] / 1e9:.0f}"),
+        ("of a copy", lambda r: f"{r['share_of_copy']:.0%}"),
+        ("readings of the operands", lambda r: f"{r['sweeps']:.2f}" if r["sweeps"] else ""),
+    ]  # fmt: skip
+    checked = ", ".join(
+        f"{v['backend']} {v['checks']} checks, {len(v['failures']) or 'none'} wrong"
+        for v in data["verification"]
+    )
+    what = (
+        f"{data['elements'] / 2**20:.0f} Mi bf16 elements, caches flushed between runs, median time in the "
+        f"launches; a copy moves {data['copy_bytes_per_s'] / 1e9:.0f} GB/s; "
+        f"against the cpu backend's bits: {checked or 'not checked in this run'}"
+    )
+    parts = [provenance(data, what), *table(columns, data["kernels"])]
+    if data["rivals"]:
+        parts += ["", *_rivals_table(data)]
+    return parts
+
+
+def _rivals_table(data: Row) -> list[str]:
+    backends = [v for v in ("cuda", "triton") if any(v in r for r in data["rivals"])]
+    kinds = [*backends, "eager", "compiled"]
+
+    def ms(kind: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[kind]['wall_s'] * 1e3:.2f} ms"
+
+    def ratio(ours: str, theirs: str) -> Callable[[Row], str]:
+        return lambda r: f"{r[theirs]['wall_s'] / r[ours]['wall_s']:.1f}x"
+
+    said = {"eager": "torch, eager", "compiled": "`torch.compile`"}
+    columns: list[Column] = [("method", lambda r: f"{r['method']} K={r['experts']}")]
+    columns += [(said.get(kind, kind), ms(kind)) for kind in kinds]
+    for ours in backends:
+        columns += [(f"{ours} over {kind}", ratio(ours, kind)) for kind in ("eager", "compiled")]
+    above = "Whole methods through `merge_tensors`, statistics and host time included, on the same tensors:\n"
+    return [above, *table(columns, data["rivals"])]
+
+
+def modelled_gpu_table() -> str:
+    """What is shown until a card has been measured."""
+    columns: list[Column] = [("operation, K experts", lambda r: r["of"].name)]
+    columns += [(card.name, _said_of(card)) for card in gpu_model.CARDS]
+    columns += [
+        ("bytes/element", lambda r: f"{r['of'].n_bytes:.0f}"),
+        ("source", lambda r: "modelled"),
+    ]
+    rows = [{"of": operation} for operation in gpu_model.operations()]
+    above = (
+        "**Modelled, not yet measured on a GPU**; `python benchmarks/bench_gpu.py` measures. Bytes moved at "
+        f"{gpu_model.ATTAINABLE:.0%} of the nominal memory bandwidth, or, where that is slower and they were "
+        f"counted, instructions at the issue rate; {gpu_model.ELEMENTS / 2**20:.0f} Mi bf16 elements.\n"
+    )
+    return "\n".join([above, *table(columns, rows)])
+
+
+def _said_of(card: gpu_model.Card) -> Callable[[Row], str]:
+    say = gpu_model.cell(card)
+    return lambda r: say(r["of"])
+
+
+def gpu_tables() -> str:
+    """Measured cards, or the model where there are none."""
+    return results("gpu-*.json", gpu_table)() or modelled_gpu_table()
+
+
 def results(pattern: str, render: Callable[[Row], list[str]]) -> Callable[[], str]:
     """Return a renderer of all result files of a pattern; nothing where there are none."""
 
@@ -171,6 +246,7 @@ TABLES = {
     "merge": results("merge-*.json", merge_table),
     "cold": results("cold.json", cold_table),
     "sweep": results("sweep.json", sweep_table),
+    "gpu": gpu_tables,
     "ops": results("ops.json", ops_table),
 }
 
