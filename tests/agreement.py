@@ -36,6 +36,17 @@ from fastmerge.stages import (
 EXPERTS = (1, 2, 3, 8, 16, 20)
 
 
+#: Random123's kat_vectors of philox4x32-10: four words of counter and two of key, and the four words drawn.
+PHILOX_ANSWERS = [
+    ((0, 0, 0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 6, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
 def rng_of(*parts: object) -> np.random.Generator:
     """Seed from the case's own name, so that a case does not change when others are added."""
     return np.random.default_rng(zlib.crc32(repr(parts).encode()))

@@ -143,10 +143,10 @@ PYBIND11_MODULE(FM_MODULE, m) {
         });
     });
     m.def("moment_leaves", [](const Queue& q, const PyBatch& b, bool square, int64_t total, uintptr_t leaves,
-                              uintptr_t carry) {
+                              uintptr_t carried, uintptr_t carry) {
         on(q, [&](cudaStream_t s) {
             return cuda::moment_leaves(b.job(), square, b.in(), b.f64, total, at<double>(leaves),
-                                       at<double>(carry), s);
+                                       at<const double>(carried), at<double>(carry), s);
         });
     });
     m.def("largest", [](const Queue& q, const PyBatch& b, uintptr_t keys) {
@@ -154,13 +154,13 @@ PYBIND11_MODULE(FM_MODULE, m) {
             return cuda::largest(b.job(), b.in(), b.f64, at<unsigned long long>(keys), s);
         });
     });
-    m.def("gram_leaves",
-          [](const Queue& q, const PyBatch& b, int axis, int64_t total, uintptr_t leaves, uintptr_t carry) {
-              on(q, [&](cudaStream_t s) {
-                  return cuda::gram_leaves(b.job(), Axis(axis), b.in(), b.f64, total, at<double>(leaves),
-                                           at<double>(carry), s);
-              });
-          });
+    m.def("gram_leaves", [](const Queue& q, const PyBatch& b, int axis, int64_t total, uintptr_t leaves,
+                            uintptr_t carried, uintptr_t carry) {
+        on(q, [&](cudaStream_t s) {
+            return cuda::gram_leaves(b.job(), Axis(axis), b.in(), b.f64, total, at<double>(leaves),
+                                     at<const double>(carried), at<double>(carry), s);
+        });
+    });
     m.def("sum_tree", [](const Queue& q, uintptr_t leaves, int64_t n_units, int64_t n_leaves, int64_t width,
                          uintptr_t nodes, uintptr_t sums) {
         on(q, [&](cudaStream_t s) {

@@ -36,7 +36,7 @@ FM_HD inline bool keep_expert(const Keep& keep, const Operands& in, const Ranks&
                               int m, const Real* d, const Mask<Real>* select, Mask<Real>* kept,
                               Real* inverse) {
     const DropKind drop = ranks.kept ? DropKind::None : keep.drop;  // decided already
-    double p[N];
+    double p[N] = {};
     if (drop == DropKind::Ranked)
         for (int j = 0; j < (N == 1 ? 1 : m); ++j)
             p[j] = ranked_probability(keep, k, rank_share(keep, in, ranks, k, i + j, double(absolute(d[j]))));

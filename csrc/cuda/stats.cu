@@ -45,7 +45,8 @@ __device__ __forceinline__ void load_kept(const Job& job, int k, int64_t i, Real
 
 template <class Real>
 __global__ void __launch_bounds__(THREADS, 1)
-    moment_leaves_kernel(const Job* at, bool square, int64_t total, double* leaves, double* carry) {
+    moment_leaves_kernel(const Job* at, bool square, int64_t total, double* leaves, const double* carried,
+                         double* carry) {
     constexpr int V = 8, GROUP = BLOCK / V, SEGMENTS = 32 / GROUP;  // of a warp
     const Job& job = *at;
     const Operands& in = job.in;
@@ -62,10 +63,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                    complete = here && ((s + 1) * SEGMENT <= end || end == total);
         for (int k = 0; k < K; ++k) {
             double all[V], kept[V];
-            double* held = carry + (int64_t(k) * 2) * BLOCK + t * V;
+            const int64_t place = int64_t(k) * 2 * BLOCK + t * V;
             FM_UNROLL
-            for (int j = 0; j < V; ++j)
-                all[j] = continued ? held[j] : 0.0, kept[j] = continued ? held[BLOCK + j] : 0.0;
+            for (int j = 0; j < V; ++j) {
+                all[j] = continued ? carried[place + j] : 0.0;
+                kept[j] = continued ? carried[place + BLOCK + j] : 0.0;
+            }
             for (int r = 0; here && r < SEGMENT / BLOCK; ++r) {
                 const int64_t flat = s * SEGMENT + r * BLOCK + t * V, i = flat - in.start;
                 if (i <= -V || i >= in.n) continue;
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             if (here && !complete) FM_UNROLL
-            for (int j = 0; j < V; ++j) held[j] = all[j], held[BLOCK + j] = kept[j];
+            for (int j = 0; j < V; ++j) carry[place + j] = all[j], carry[place + BLOCK + j] = kept[j];
             const double sum_all = fold_lanes<V>(all), sum_kept = fold_lanes<V>(kept);
             if (complete && t == 0) {
                 double* leaf = leaves + (s * K + k) * 2;
@@ -128,7 +131,8 @@ __device__ __forceinline__ int64_t pair_of(int j, int k, int n_experts) {
 /// often.
 template <class Real>
 __global__ void __launch_bounds__(THREADS, 1)
-    gram_leaves_kernel(const Job* at, bool by_row, int64_t total, double* leaves, double* carry) {
+    gram_leaves_kernel(const Job* at, bool by_row, int64_t total, double* leaves, const double* carried,
+                       double* carry) {
     constexpr int V = 4, GROUP = BLOCK / V, SEGMENTS = 32 / GROUP;
     const Operands& in = at->in;
     const int K = in.n_experts, t = int(threadIdx.x) % GROUP, halves = (K + 1) / 2;
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const bool wanted = k < K && j <= k;
             FM_UNROLL
             for (int v = 0; v < V; ++v)
-                sum[a][b][v] = continued && wanted ? carry[pair_of(j, k, K) * BLOCK + t * V + v] : 0.0;
+                sum[a][b][v] = continued && wanted ? carried[pair_of(j, k, K) * BLOCK + t * V + v] : 0.0;
         }
         for (int r = 0; here && r < SEGMENT / BLOCK; ++r) {
             const int64_t position = begin + r * BLOCK + t * V, i = u * unit + position - in.start;
@@ -213,7 +217,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 /// A thread per column, pair and block of 64 rows.
 template <class Real>
 __global__ void __launch_bounds__(THREADS, 1)
-    gram_columns_kernel(const Job* at, int64_t total, double* leaves, double* carry) {
+    gram_columns_kernel(const Job* at, int64_t total, double* leaves, const double* carried, double* carry) {
     const Operands& in = at->in;
     const int K = in.n_experts;
     const int64_t cols = in.cols, pairs = int64_t(K) * (K + 1) / 2;
@@ -229,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int64_t p = pair_of(j, k, K);
         const int64_t a = block * BLOCK > row0 ? block * BLOCK : row0,
                       b = (block + 1) * BLOCK < row1 ? (block + 1) * BLOCK : row1;
-        double sum = block * BLOCK < row0 ? carry[p * cols + c] : 0.0;
+        double sum = block * BLOCK < row0 ? carried[p * cols + c] : 0.0;
         for (int64_t r = a; r < b; ++r) {
             const int64_t i = r * cols + c - in.start;
             Real base[1], x[1], y[1];
@@ -362,11 +366,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 }  // namespace
 
 cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, bool f64, int64_t total,
-                          double* leaves, double* carry, cudaStream_t stream) {
+                          double* leaves, const double* carried, double* carry, cudaStream_t stream) {
     const auto kernel = f64 ? moment_leaves_kernel<double> : moment_leaves_kernel<float>;
     const int64_t segments = (in.start + in.n + SEGMENT - 1) / SEGMENT - in.start / SEGMENT;
     const dim3 grid(resident_blocks(kernel, divide_up(segments, 32), 0));
-    return launch(kernel, grid, dim3(THREADS), 0, stream, job, square, total, leaves, carry);
+    return launch(kernel, grid, dim3(THREADS), 0, stream, job, square, total, leaves, carried, carry);
 }
 
 cudaError_t largest(const Job* job, const Operands& in, bool f64, unsigned long long* keys,
@@ -377,13 +381,13 @@ cudaError_t largest(const Job* job, const Operands& in, bool f64, unsigned long 
 }
 
 cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64, int64_t total,
-                        double* leaves, double* carry, cudaStream_t stream) {
+                        double* leaves, const double* carried, double* carry, cudaStream_t stream) {
     if (axis == Axis::Column) {
         const auto kernel = f64 ? gram_columns_kernel<double> : gram_columns_kernel<float>;
         const int64_t pairs = int64_t(in.n_experts) * (in.n_experts + 1) / 2;
         const int64_t tasks = divide_up(in.n, BLOCK * in.cols) * pairs * in.cols;
         const dim3 grid(resident_blocks(kernel, divide_up(tasks, THREADS), 0));
-        return launch(kernel, grid, dim3(THREADS), 0, stream, job, total, leaves, carry);
+        return launch(kernel, grid, dim3(THREADS), 0, stream, job, total, leaves, carried, carry);
     }
     const auto kernel = f64 ? gram_leaves_kernel<double> : gram_leaves_kernel<float>;
     const int halves = (in.n_experts + 1) / 2;
@@ -391,7 +395,8 @@ cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64,
         axis == Axis::Row ? in.n / in.cols * divide_up(in.cols, SEGMENT) : divide_up(in.n, SEGMENT) + 1;
     const int64_t warps = divide_up(segments, 2) * halves * (halves + 1) / 2;
     const dim3 grid(resident_blocks(kernel, divide_up(warps, THREADS / 32), 0));
-    return launch(kernel, grid, dim3(THREADS), 0, stream, job, axis == Axis::Row, total, leaves, carry);
+    return launch(kernel, grid, dim3(THREADS), 0, stream, job, axis == Axis::Row, total, leaves, carried,
+                  carry);
 }
 
 cudaError_t sum_tree(const double* leaves, int64_t n_units, int64_t n_leaves, int64_t width, double* nodes,

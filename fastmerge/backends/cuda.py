@@ -297,9 +297,17 @@ class _OnePass:
     def __init__(self, kernels: CudaKernels) -> None:
         self._kernels = kernels
         self._queue = kernels._queue()
+        self._carry = self._queue.empty(2, 0, dtype="float64")
+        self._fed = 0
 
     def next_pass(self) -> bool:
         return False
+
+    def _carries(self) -> tuple[int, int]:
+        """Where a chunk finds what the last one left unfinished, and where it leaves its own."""
+        self._fed += 1
+        old, new = self._carry[self._fed % 2], self._carry[1 - self._fed % 2]
+        return old.data_ptr(), new.data_ptr()
 
     def _sum_tree(self, leaves: Tensor, n_units: int, width: int) -> F64:
         """Combine [n_units, leaves, width] into [n_units, width] on the host."""
@@ -329,7 +337,7 @@ class _Moments(_OnePass):
         self._keys = queue.zeros(k, 2, dtype="int64")
         self._f64 = False
         self._leaves = queue.empty(1, -(-n // native.SEGMENT), k * 2, dtype="float64")
-        self._carry = queue.empty(k, 2, native.BLOCK, dtype="float64")
+        self._carry = queue.empty(2, k, 2, native.BLOCK, dtype="float64")
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if not chunk.n or not self._k:
@@ -347,7 +355,7 @@ class _Moments(_OnePass):
             self._request.of == "square",
             self._n,
             self._leaves.data_ptr(),
-            self._carry.data_ptr(),
+            *self._carries(),
         )
 
     def result(self) -> MomentResult:
@@ -375,7 +383,7 @@ class _Gram(_OnePass):
             shape = (units, -(-unit // native.SEGMENT), self._pairs)
             carry = (self._pairs, native.BLOCK)
         self._leaves = queue.empty(*shape, dtype="float64")
-        self._carry = queue.empty(*carry, dtype="float64")
+        self._carry = queue.empty(2, *carry, dtype="float64")
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if not chunk.n or not self._k:
@@ -388,7 +396,7 @@ class _Gram(_OnePass):
             int(self._request.axis),
             self._n,
             self._leaves.data_ptr(),
-            self._carry.data_ptr(),
+            *self._carries(),
         )
 
     def result(self) -> F64:
