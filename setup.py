@@ -32,7 +32,14 @@ ISAS = list(ISA_FLAGS) if IS_X86 else ["baseline"]
 
 # Compiled for these, and as PTX that a driver compiles for what comes later.
 CUDA_TARGETS = (80, 90, 100)
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-Icsrc",
+]
 
 
 def find_nvcc():
@@ -105,15 +112,20 @@ cpu = Pybind11Extension(
 
 modules = [cpu]
 if find_nvcc():
-    cuda_sources = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in {".cu", ".cpp"})
+    cuda_sources = sorted(
+        str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in {".cu", ".cpp"}
+    )
     targets = ", ".join([*(f"sm_{t}" for t in CUDA_TARGETS), "PTX"])
     modules.append(
         Pybind11Extension(
             "fastmerge._cuda",
             # The slowest first: all are compiled side by side.
-            sources=sorted(cuda_sources, key=lambda s: "fused_" not in s) + ["csrc/bindings/cuda.cpp"],
+            sources=sorted(cuda_sources, key=lambda s: "fused_" not in s)
+            + ["csrc/bindings/cuda.cpp"],
             define_macros=[("FM_TARGETS", f'"{targets}"')],
-            depends=[str(p) for p in sorted(Path("csrc").rglob("*")) if p.suffix in {".hpp", ".cuh"}],
+            depends=[
+                str(p) for p in sorted(Path("csrc").rglob("*")) if p.suffix in {".hpp", ".cuh"}
+            ],
         )
     )
 

@@ -1,7 +1,7 @@
 """Build csrc/cuda for the CPU, through csrc/emulate and under sanitizers, and load it as the CUDA backend.
 
-    python tests/emulation.py PART ...      what tests/test_emulated.py runs, in a process of its own: the
-                                            sanitizers' libraries must be loaded before anything else
+python tests/emulation.py PART ...      what tests/test_emulated.py runs, in a process of its own: the
+                                        sanitizers' libraries must be loaded before anything else
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden",
 def sources() -> list[Path]:
     """Return the CUDA backend's sources, the slowest to compile first."""
     found = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]
-    return sorted(found, key=lambda p: (not p.name.startswith("fused_"), p.name)) + [
-        CSRC / "bindings" / "cuda.cpp"
-    ]
+    found.sort(key=lambda p: (not p.name.startswith("fused_"), p.name))
+    return [*found, CSRC / "bindings" / "cuda.cpp"]
 
 
 def _compile(source: Path, target: Path) -> None:
@@ -245,7 +244,13 @@ def sums() -> None:
     under_test = kernels()
     native = under_test._native
     rng = np.random.default_rng(3)
-    for units, leaves, width in [(1, 5000, 3), (2, 2048, 1), (3, 255, 5), (1, 256, 2), (1, 4097, 1)]:
+    for units, leaves, width in [
+        (1, 5000, 3),
+        (2, 2048, 1),
+        (3, 255, 5),
+        (1, 256, 2),
+        (1, 4097, 1),
+    ]:
         x = torch.from_numpy(rng.standard_normal((units, leaves, width)))
         nodes, out = torch.empty(16, dtype=torch.float64), torch.empty((units, width)).double()
         native.sum_tree(_Queue(native, "cpu")._queue, x.data_ptr(), units, leaves, width,
@@ -281,7 +286,9 @@ def ranks() -> None:
                 given = GivenMask([rng.integers(0, 2, base.numel()).astype("u1") for _ in experts])
                 for keep in (Keep(drop=drop), Keep(drop=drop, given=given)):
                     agreement.check_masks(under_test, held, keep)
-                    walk = Walk(rng.standard_normal((2, 1)), keep=keep, elect=Elect(), combine=Combine())
+                    walk = Walk(
+                        rng.standard_normal((2, 1)), keep=keep, elect=Elect(), combine=Combine()
+                    )
                     agreement.check_walk(under_test, held, walk, torch.bfloat16)
 
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: the same .cu files, compiled by g++ for an emulated device, under ASan and UBSan.
+"""The CUDA kernels without a GPU: the same .cu files, compiled by g++ for an emulated device.
 
-Every kernel gives the cpu backend's bits, in whatever order blocks and threads run; and a kernel that lacks a
-barrier does not, which shows that the emulator can fail.
+Under ASan and UBSan, every kernel gives the cpu backend's bits, in whatever order blocks and threads run; and a
+kernel that lacks a barrier does not, which shows that the emulator can fail.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def test_emulated_kernels_are_bit_equal(part: str, module: Path) -> None:
     assert done.stdout == f"{part}: as the cpu backend\n"
 
 
-# The line behind a barrier, and the part that shows that the barrier is gone: a thread then reads what another
-# has not written yet.
+# The line behind a barrier, and the part that shows that the barrier is gone: a thread then reads what
+# another has not written yet.
 PLANTED = {
     "select.cu": ("    const int digit = int(shared[0]);", "selection"),
     "stats.cu": ("; j < n) x[j] = sum[m];", "sums"),

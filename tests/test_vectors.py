@@ -18,7 +18,8 @@ from vector_runners import BackendRunner, OracleRunner, Runner
 
 #: The golden files that hold no vectors: test_instructions.py and test_triton_build.py read them.
 RECORDS = {
-    Path(__file__).parent / "golden" / name for name in ("instructions.json", "triton_build.json")
+    Path(__file__).parent / "golden" / name
+    for name in ("instructions.json", "triton_build.json", "cuda_build.json")
 }
 RUNNERS: tuple[Runner, ...] = (OracleRunner(), BackendRunner("reference"), BackendRunner("cpu"))
 
