@@ -1,5 +1,5 @@
-"""Builds fastmerge._cpu: one C++17 module, its kernels compiled once per instruction set; and, where nvcc is found,
-fastmerge._cuda: kernels for NVIDIA GPUs, with CUDA's runtime inside, so that it loads without a driver.
+"""Builds fastmerge._cpu: one C++17 module, its kernels compiled once per instruction set; and, where nvcc is
+found, fastmerge._cuda: kernels for NVIDIA GPUs, with CUDA's runtime inside: it loads without a driver.
 
 Needs only a compiler and pybind11 (a build requirement); never imports torch, so the wheel fits every torch.
 FASTMERGE_CUDA=0 leaves _cuda out, =1 makes a missing nvcc an error.
@@ -120,8 +120,10 @@ if find_nvcc():
         Pybind11Extension(
             "fastmerge._cuda",
             # The slowest first: all are compiled side by side.
-            sources=sorted(cuda_sources, key=lambda s: "fused_" not in s)
-            + ["csrc/bindings/cuda.cpp"],
+            sources=[
+                *sorted(cuda_sources, key=lambda s: "fused_" not in s),
+                "csrc/bindings/cuda.cpp",
+            ],
             define_macros=[("FM_TARGETS", f'"{targets}"')],
             depends=[
                 str(p) for p in sorted(Path("csrc").rglob("*")) if p.suffix in {".hpp", ".cuh"}

@@ -1,4 +1,4 @@
-"""Where arithmetic runs: the table's order, each backend's reason, one device per call, stages of a method's own."""
+"""Where arithmetic runs: the table's order, each backend's reason, one device a call, own stages."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_stage_of_a_methods_own_goes_to_who_can_run_it() -> None:
 def test_operands_of_several_devices_are_refused_in_one_line() -> None:
     here, there = Buffer(0, DType.F32, 1), Buffer(0, DType.F32, 1, None, "cuda:0")
     with pytest.raises(
-        ConflictError, match="^base is on cpu but x on cuda:0; move them to one device$"
+        ConflictError, match=r"^base is on cpu but x on cuda:0; move them to one device$"
     ):
         ops.one_device([here, there], ["base", "x"])
     with pytest.raises(ConflictError, match="x is on meta; move it to the CPU or to a CUDA device"):

@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: the same .cu files, compiled by g++ for an emulated device.
 
-Under ASan and UBSan, every kernel gives the cpu backend's bits, in whatever order blocks and threads run; and a
-kernel that lacks a barrier does not, which shows that the emulator can fail.
+Under ASan and UBSan, every kernel gives the cpu backend's bits, in whatever order blocks and threads run; and
+a kernel that lacks a barrier does not, which shows that the emulator can fail.
 """
 
 from __future__ import annotations
