@@ -82,11 +82,12 @@ class BuildKernels(build_ext):
         codes.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
         includes = [f"-I{path}" for path in [*ext.include_dirs, *self.include_dirs]]
         defines = [f"-D{name}={value}" for name, value in ext.define_macros]
-        newest = max(Path(f).stat().st_mtime for f in [*ext.depends, *ext.sources, __file__])
+        newest = max(Path(f).stat().st_mtime for f in [*ext.depends, __file__])
 
         def compile_one(source):
             target = folder / (Path(source).name + ".o")
-            if not target.exists() or target.stat().st_mtime < newest:
+            changed = max(newest, Path(source).stat().st_mtime)
+            if not target.exists() or target.stat().st_mtime < changed:
                 command = [nvcc, *NVCC_FLAGS, *codes, *includes, *defines, "-x", "cu", "-c", source]
                 subprocess.run([*command, "-o", str(target)], check=True)
             return str(target)

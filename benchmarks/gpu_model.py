@@ -8,10 +8,11 @@ from dataclasses import dataclass
 #: Share of the nominal memory bandwidth that a streaming kernel gets; published runs get 0.84 to 0.92.
 ATTAINABLE = 0.88
 ELEMENTS = 1 << 26
-#: Passes over the operands of an exact select: three digits of the key, count the equals, find the last.
-SELECT_PASSES = 5
-#: Instructions an element of the TIES walk, by number of experts: compiled code per 8 elements, cold
-#: paths included, so an upper bound.
+#: Passes over the operands of an exact select: three digits of the key, then a count of the equals, which
+#: tells the one piece that is searched for the last tie.
+SELECT_PASSES = 4
+#: Instructions an element of a TIES walk, by number of experts: of a stand-alone kernel compiled for sm_90,
+#: cold paths included. The shipped kernel serves more stages; what of it runs for TIES has not been counted.
 TIES_INSTRUCTIONS = {2: 584 / 8, 4: 872 / 8, 8: 1472 / 8}
 
 #: Of a walk that draws: those of one expert, with its share of a Philox block.

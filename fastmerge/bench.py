@@ -310,6 +310,9 @@ class _Metered:
         self.n_bytes += out.n * out.dtype.itemsize
         return self._kernels.walk(walk, chunk, out)
 
+    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+        return [self.walk(*job) for job in jobs]
+
     def count(self, chunk: Chunk) -> None:
         operands = [*chunk.experts, *([chunk.base] if chunk.base else [])]
         self.n_bytes += sum(b.n * b.dtype.itemsize for b in operands)

@@ -33,7 +33,6 @@ def test_sdist_builds_in_isolation_and_imports(tmp_path: Path) -> None:
     )
     where = run(sys.executable, "-c", code, cwd=tmp_path)
     assert where.startswith(str(target))
-    listed = run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(target)!r});"
-                 "from fastmerge.cli import main; main(['backends'])", cwd=tmp_path)  # fmt: skip
-    assert "not built: nvcc was not found at install" in listed
+    built = {p.name.split(".")[0] for p in (target / "fastmerge").glob("*.so")}
+    assert built == {"_cpu"}  # the checkout's own _cuda, if it has one, is not asked for
     assert (target / "fastmerge" / "triton_kernels" / "fused.py").exists()

@@ -127,6 +127,7 @@ template <int N>
 FM_HD inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
     if constexpr (N <= 8) {
         const Philox4 r = philox_block(key, uint64_t(i) >> 3);
+        FM_UNROLL
         for (int j = 0; j < N; ++j) out[j] = half_of(r, (N == 8 ? 0 : int(i & 7)) + j);
     } else {
 #if !defined(__CUDACC__)
@@ -140,6 +141,7 @@ template <int N>
 FM_HD inline void draws32(uint64_t key, int64_t i, int m, uint32_t* out) {
     if constexpr (N <= 8) {
         Philox4 r = philox_block(key, uint64_t(i) >> 2);
+        FM_UNROLL
         for (int j = 0; j < N; ++j) {
             if (j == 4) r = philox_block(key, (uint64_t(i) >> 2) + 1);
             out[j] = word_of(r, N == 1 ? int(i & 3) : j & 3);
@@ -225,6 +227,7 @@ FM_HD inline bool keep_block(const Keep& plan, DropKind drop, int64_t cols, int 
         }
         uint32_t draw[N] = {};
         if (!given) draws16<N>(plan.key[k], first, m, draw);
+        FM_UNROLL
         for (int j = 0; j < m; ++j) {
             double t = p_rank[j] * 65536.0 + 0.5;
             t = !(t >= 0) ? 0 : t > 65536.0 ? 65536.0 : t;  // NaN draws nothing

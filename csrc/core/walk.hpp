@@ -35,15 +35,16 @@ template <class Real, int N = BLOCK>
 FM_HD inline bool keep_expert(const Keep& keep, const Operands& in, const Ranks& ranks, int k, int64_t i,
                               int m, const Real* d, const Mask<Real>* select, Mask<Real>* kept,
                               Real* inverse) {
+    if constexpr (N <= 8) m = N;  // such runs are whole: a constant keeps their places in registers
     const DropKind drop = ranks.kept ? DropKind::None : keep.drop;  // decided already
     double p[N] = {};
     if (drop == DropKind::Ranked)
-        for (int j = 0; j < (N == 1 ? 1 : m); ++j)
+        for (int j = 0; j < m; ++j)
             p[j] = ranked_probability(keep, k, rank_share(keep, in, ranks, k, i + j, double(absolute(d[j]))));
     const bool scaled =
         keep_block<Real, N>(keep, drop, in.cols, k, in.start, i, m, d, select, p, kept, inverse);
     if (ranks.kept)
-        for (int j = 0; j < (N == 1 ? 1 : m); ++j) {
+        for (int j = 0; j < m; ++j) {
             const uint64_t word = ranks.kept[int64_t(k) * ranks.stride + (i + j) / 64];
             kept[j] &= Mask<Real>(0) - Mask<Real>(word >> ((i + j) % 64) & 1);
         }

@@ -18,35 +18,88 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-/// What the keep stages leave of element i of each expert: f(k, kept).
-template <class Real, class F>
+constexpr int RUN = 8;  // elements that a thread decides at a time: those of one Philox block
+
+/// Whether what is kept depends on the operands, or on draws alone.
+__device__ __forceinline__ bool looks_at_values(const Keep& keep) {
+    return keep.trim.value || keep.remove.value || keep.select.value ||
+           (keep.drop == DropKind::Ranked && keep.by_value);
+}
+
+/// What the keep stages leave of elements [i, i + N) of each expert, as bits: f(k, bits).
+template <class Real, int N, class F>
 __device__ __forceinline__ void visit_kept(const Job& job, int64_t i, F&& f) {
-    Real base[1];
-    if (job.in.base) load_block<Real, 1>(job.in.base, job.in.base_type, i, 1, base);
-    visit_experts<Real, 1>(job.plan.keep, job.in, job.ranks, i, 1, base,
-                           [&](int k, const Real*, const Real*, const Mask<Real>* kept, const Real*) {
-                               f(k, kept ? kept[0] != 0 : true);
-                           });
+    const Keep& keep = job.plan.keep;
+    const bool values = looks_at_values(keep);
+    Real base[N], d[N], inverse[N];
+    Mask<Real> select[N], kept[N];
+    FM_UNROLL
+    for (int j = 0; j < N; ++j) d[j] = Real(0), select[j] = ~Mask<Real>(0);
+    if (values) load_base<Real, N>(job.in, i, base);
+    if (keep.select.value) {
+        Real var[N];
+        load_keyed<Real, N>(job.in, -1, i, var);
+        const int64_t first = job.in.start + i;
+        apply_cut<Real, N>(cut_of<Real>(keep.select, 0, first, job.in.cols), true, first, var, select);
+    }
+    for (int k = 0; k < job.in.n_experts; ++k) {
+        if (values) load_deltas<Real, N>(job.in, k, i, base, d);
+        // Always a mask: a pointer that may be null would keep it in memory.
+        keep_expert<Real, N>(keep, job.in, job.ranks, k, i, N, d, select, kept, inverse);
+        uint32_t bits = 0;
+        FM_UNROLL
+        for (int j = 0; j < N; ++j) bits |= uint32_t(kept[j] != 0) << j;
+        f(k, bits);
+    }
+}
+
+/// Whether elements [i, i + m) can be decided as one run.
+__device__ __forceinline__ bool is_run(const Job& job, int64_t i, int m) {
+    return m == RUN && (job.in.start + i) % RUN == 0 &&
+           (!splits_rows(job.plan.keep) || job.in.cols % RUN == 0);
 }
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) keep_mask_kernel(const Job* job, int64_t n, uint8_t* mask) {
-    const int64_t step = int64_t(gridDim.x) * THREADS;
-    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += step)
-        visit_kept<Real>(*job, i, [&](int k, bool kept) { mask[k * n + i] = kept; });
+__global__ void __launch_bounds__(THREADS, 1) keep_mask_kernel(const Job* at, int64_t n, uint8_t* mask) {
+    const Job& job = *at;
+    const int64_t step = int64_t(gridDim.x) * THREADS * RUN;
+    for (int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * RUN; i < n; i += step) {
+        const int m = n - i < RUN ? int(n - i) : RUN;
+        if (is_run(job, i, m))
+            visit_kept<Real, RUN>(job, i, [&](int k, uint32_t bits) {
+                uint8_t* to = mask + k * n + i;
+                // A bit a byte: the product puts each of four bits into a byte of its own.
+                uint2 bytes;
+                bytes.x = (bits & 15u) * 0x00204081u & 0x01010101u;
+                bytes.y = (bits >> 4) * 0x00204081u & 0x01010101u;
+                if (reinterpret_cast<uintptr_t>(to) % 8 == 0) return store_stream8(to, bytes);
+                FM_UNROLL
+                for (int j = 0; j < RUN; ++j) to[j] = uint8_t(bits >> j & 1);
+            });
+        else
+            for (int j = 0; j < m; ++j)
+                visit_kept<Real, 1>(job, i + j,
+                                    [&](int k, uint32_t bit) { mask[k * n + i + j] = uint8_t(bit); });
+    }
 }
 
-/// A warp decides 32 elements at a time and writes half a word.
 template <class Real>
 __global__ void __launch_bounds__(THREADS, 1)
-    keep_bits_kernel(const Job* job, int64_t n, uint32_t* bits, int64_t half_words) {
-    const int64_t step = int64_t(gridDim.x) * THREADS, rounded = (n + 63) / 64 * 64;
-    for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < rounded; i += step) {
-        const bool inside = i < n;
-        visit_kept<Real>(*job, inside ? i : n - 1, [&](int k, bool kept) {
-            const uint32_t half = __ballot_sync(0xffffffffu, kept && inside);
-            if (threadIdx.x % 32 == 0) bits[k * half_words + i / 32] = half;
-        });
+    keep_bits_kernel(const Job* at, int64_t n, uint8_t* bits, int64_t stride) {
+    const Job& job = *at;
+    const int64_t step = int64_t(gridDim.x) * THREADS * RUN;
+    // To the end of the last word of 64: what lies behind the elements is not kept.
+    for (int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * RUN; i < stride * RUN; i += step) {
+        const int m = i >= n ? 0 : n - i < RUN ? int(n - i) : RUN;
+        uint8_t* to = bits + i / RUN;
+        if (is_run(job, i, m)) {
+            visit_kept<Real, RUN>(job, i, [&](int k, uint32_t run) { to[k * stride] = uint8_t(run); });
+            continue;
+        }
+        for (int k = 0; k < job.in.n_experts; ++k) to[k * stride] = 0;
+        for (int j = 0; j < m; ++j)
+            visit_kept<Real, 1>(job, i + j,
+                                [&](int k, uint32_t bit) { to[k * stride] |= uint8_t(bit << j); });
     }
 }
 
@@ -118,7 +171,7 @@ cudaError_t keep_mask(const Job* job, int64_t n, bool f64, uint8_t* mask, cudaSt
 cudaError_t keep_bits(const Job* job, int64_t n, bool f64, uint64_t* bits, int64_t words,
                       cudaStream_t stream) {
     return over_elements(f64 ? keep_bits_kernel<double> : keep_bits_kernel<float>, n, stream, job, n,
-                         reinterpret_cast<uint32_t*>(bits), 2 * words);
+                         reinterpret_cast<uint8_t*>(bits), 8 * words);
 }
 
 cudaError_t keep_probability(const Job* job, int64_t n, bool f64, double* p, cudaStream_t stream) {
