@@ -102,18 +102,23 @@ class _Queue:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def upload(self, array: Any) -> Tensor:
+        """Copy a small host array, without waiting for the stream."""
         import torch
 
-        return torch.as_tensor(array).to(self.device).contiguous()
+        host = torch.as_tensor(array).contiguous()
+        if self.device.type == "cuda":  # a copy from pageable memory would wait
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
     def place(self, batch: Any) -> None:
         """Write a batch's image into device memory, which lives as long as the batch."""
         import torch
 
-        host = torch.empty(max(1, batch.size()), dtype=torch.uint8)
+        pinned = self.device.type == "cuda"  # torch frees it when the stream is done with it
+        host = torch.empty(max(1, batch.size()), dtype=torch.uint8, pin_memory=pinned)
         image = self.empty(host.numel(), dtype="uint8")
         batch.fill(host.data_ptr(), image.data_ptr(), image)
-        image.copy_(host)
+        image.copy_(host, non_blocking=True)
 
     def masks(self, keep: Keep) -> list[Tensor]:
         """Return masks from outside in device memory, [n] uint8 each."""
