@@ -291,16 +291,8 @@ def test_known_answers_of_philox() -> None:
     """Random123's kat_vectors, philox4x32-10."""
     import triton_probes
 
-    ones = 0xFFFFFFFF
-    answers = {
-        ((0, 0, 0, 0), 0): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-        ((ones,) * 4, 2**64 - 1): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822): (
-            0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
-        ),
-    }  # fmt: skip
-    for (counter, key), answer in answers.items():
-        assert triton_probes.words(counter, key) == answer
+    for (*counter, low, high), drawn in agreement.PHILOX_ANSWERS:
+        assert triton_probes.words(tuple(counter), low | high << 32) == drawn
 
 
 # ---- methods -------------------------------------------------------------------------------------
