@@ -144,7 +144,7 @@ def merge(config: str, out: str, device: str, quiet: bool, profile: bool, **opti
                 click.echo(f"warning: {warning}", err=True)
         click.echo(_summary(report, out), err=True)
     if profile:
-        from fastmerge.stopwatch import table
+        from fastmerge.streaming.stopwatch import table
 
         click.echo(table(report.stages), err=True)
 

@@ -41,10 +41,10 @@ from fastmerge.planner import (
     work_items,
 )
 from fastmerge.registry import Scope
-from fastmerge.ring import WRITING_THREADS, Place, Reader, Run, Writer
-from fastmerge.sources import Io, Sources
+from fastmerge.streaming.ring import WRITING_THREADS, Place, Reader, Run, Writer
+from fastmerge.streaming.sources import Io, Sources
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
-from fastmerge.stopwatch import Stage, Stopwatch
+from fastmerge.streaming.stopwatch import Stage, Stopwatch
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]

@@ -31,3 +31,11 @@ class NonFiniteError(MergeError):
 
 class BackendError(MergeError):
     """No backend can run what was asked for: carries the reason of each."""
+
+
+class DeviceError(MergeError):
+    """A GPU failed, or does not exist: carries the driver's reason. What is written is kept."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has less memory free than was asked of it: names the bytes and the remedy."""

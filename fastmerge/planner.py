@@ -26,7 +26,7 @@ from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError, RecipeError
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
-from fastmerge.ring import BLOCK, READ_AHEAD, room
+from fastmerge.streaming.ring import BLOCK, READ_AHEAD, room
 from fastmerge.stages import Axis, Moments, OrderStatistic, RankedDrop
 
 MIB = 1 << 20

@@ -15,8 +15,8 @@ from fastmerge import _cpu
 from fastmerge.checkpoint import open_direct
 from fastmerge.cli import main
 from fastmerge.errors import CheckpointError, RecipeError
-from fastmerge.sources import Io, is_warm
-from fastmerge.stopwatch import table
+from fastmerge.streaming.sources import Io, is_warm
+from fastmerge.streaming.stopwatch import table
 
 #: More than one request of 4 MiB, sizes that are no multiple of a block, and small ones.
 SHAPES = {

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from fastmerge import _cpu
 from fastmerge.errors import CheckpointError, ReadError
-from fastmerge.sources import Source, Sources, truncated
+from fastmerge.streaming.sources import Source, Sources, truncated
 
 T = TypeVar("T")
 
