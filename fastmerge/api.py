@@ -27,8 +27,8 @@ from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
-from fastmerge.streaming.sources import Io
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
+from fastmerge.streaming.sources import Io
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe

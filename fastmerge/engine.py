@@ -1,9 +1,9 @@
 """Carry out a plan: read, statistics, fused walk, write, overlapped, in the memory the plan allows.
 
-One tensor's way: its operands come into memory (`_sweep`), its recipe is run to a walk (`_resolve_here`),
-the walk is run part by part (`_merge_part`), and each part is written to its final offset in its shard.
-Tensors too large for memory, and methods with statistics over the model, get their walk in earlier sweeps
-over the same files.
+One tensor's way: its operands come into memory, the host's or a device's (`_sweep`), its recipe is run to a
+walk (`_resolve_here`), the walk is run part by part (`_start`), and each part is written to its final offset
+in its shard. Tensors too large for memory, and methods with statistics over the model, get their walk in
+earlier sweeps over the same files.
 """
 
 from __future__ import annotations
@@ -11,40 +11,48 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import count
 from typing import Protocol
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
+from fastmerge.backends.memory import copy_bytes, same_bytes
 from fastmerge.checkpoint import Journal, word_bytes
+from fastmerge.checkpoint.files import opened, read_at
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
-    bytes_of,
     first_nonfinite,
     resolve,
     resolve_model,
-    run_walk,
+    start_walks,
 )
-from fastmerge.planner import (
-    EMBEDDINGS,
-    HEAD,
-    Action,
-    Piece,
-    Plan,
-    TensorJob,
-    WorkItem,
-    results_of,
-    split,
-    work_items,
-)
+from fastmerge.jobs import Action, Piece, TensorJob, WorkItem, results_of, split, work_items
+from fastmerge.planner import EMBEDDINGS, HEAD, Plan
 from fastmerge.registry import Scope
-from fastmerge.streaming.ring import WRITING_THREADS, Place, Reader, Run, Writer
-from fastmerge.streaming.sources import Io, Sources
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
+from fastmerge.streaming.device import Device, Event, Memory, Stream
+from fastmerge.streaming.download import Downloader
+from fastmerge.streaming.ring import (
+    FEEDING_THREADS,
+    WRITING_THREADS,
+    Check,
+    Place,
+    Reader,
+    Run,
+    Transfers,
+    Writer,
+    Written,
+)
+from fastmerge.streaming.sources import Io, Sources
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
+from fastmerge.streaming.trace import busy_seconds
+from fastmerge.streaming.upload import Uploader
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]
@@ -80,8 +88,23 @@ class Output(Protocol):
     def direct_fd(self, shard: int) -> int: ...
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is run by one walk and written in one go."""
+
+    piece: Piece
+    walk: Walk | Copy
+    operands: Operands
+
+
 class Engine:
-    """One run of one plan. only: names of the tensors to merge; default: those that no journal proves."""
+    """One run of one plan.
+
+    only:   names of the tensors to merge; default: those that no journal proves.
+    device: where the kernels run, planned for; default: the host.
+    walks:  of tensors whose statistics are known.
+    disks:  called with whether it writes, makes what moves bytes; default: threads of csrc/io.
+    """
 
     def __init__(
         self,
@@ -95,6 +118,9 @@ class Engine:
         io: Io = Io.AUTO,
         chunk_elements: int = CHUNK_ELEMENTS,
         progress: Progress | None = None,
+        device: Device | None = None,
+        walks: Mapping[str, Walk | Copy] | None = None,
+        disks: Callable[[bool], Transfers] | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
         self.only = only
@@ -103,21 +129,22 @@ class Engine:
         self.progress = progress
         self.report = Report(backend=kernels.name)
         self.watch = Stopwatch()
-        self.walks: dict[str, Walk | Copy] = {}
+        self.walks: dict[str, Walk | Copy] = dict(walks or {})
+        self.device, self._disks = device, disks
         self._passed = 0  # bytes that need no reading
         self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
         start = time.perf_counter()
-        files = {o.info.file for j in self.plan.jobs for o in j.operands}
-        self.reader = Reader(Sources(sorted(files), self.io), self.plan.operand_bytes)
-        self.writer = Writer(self.plan.result_bytes)
+        self._open()
         try:
-            self._merge_all()
+            with self.device.computing() if self.device else nullcontext():
+                self._merge_all()
         finally:
-            self.reader.close()
             self.writer.close()
+            self.reader.close()
+            self._unpin()
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
         self.report.n_tensors = len(self.plan.jobs)
@@ -125,6 +152,47 @@ class Engine:
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
         return self.report
+
+    def _open(self) -> None:
+        """Take the memory and start the threads that `plan` asks for."""
+        plan, device, budget = self.plan, self.device, self.plan.device
+        files = {o.info.file for j in plan.jobs for o in j.operands}
+        sources = Sources(sorted(files), self.io, may_map=device is None)
+        reads, writes = (self._disks(w) for w in (False, True)) if self._disks else (None, None)
+        self._pinned: list[int] = []
+        if device is None or budget is None:
+            self.reader: Reader | Uploader = Reader(sources, plan.operand_bytes, transfers=reads)
+            self.writer: Writer | Downloader = Writer(plan.result_bytes, transfers=writes)
+            return
+
+        def copied() -> Event:
+            return device.mark(Stream.COPY_IN)
+
+        reader = Reader(
+            sources, budget.pinned_in, n_threads=FEEDING_THREADS, transfers=reads, fence=copied
+        )
+        writer = Writer(budget.pinned_out, transfers=writes)
+        try:
+            for ring in (reader.ring, writer.ring):
+                if device.pin(ring.address, ring.capacity):
+                    self._pinned.append(ring.address)
+                else:
+                    self.report.warnings.append(
+                        f"{ring.capacity >> 20} MiB of host memory could not be locked; copies to "
+                        f"{device.name} are slower (raise the limit: ulimit -l, or lower --max-pinned)"
+                    )
+            self.reader = Uploader(reader, device, budget.operands, budget.block)
+            self.writer = Downloader(writer, device, budget.results, budget.block)
+        except BaseException:
+            writer.close()
+            reader.close()
+            self._unpin()
+            raise
+
+    def _unpin(self) -> None:
+        for address in self._pinned:
+            assert self.device is not None
+            self.device.unpin(address)
 
     def _stages(self) -> list[Stage]:
         report, reader, writer = self.report, self.reader, self.writer
@@ -135,21 +203,26 @@ class Engine:
             **self.watch.seconds,
             "waiting for output": writer.waited,
         }
-        return [
+        stages = [
             *(Stage(name, s) for name, s in seconds.items()),
             Stage("rest", report.seconds - sum(seconds.values())),
             Stage("reading", reader.busy_seconds, report.bytes_read, reader.n_threads),
             Stage("writing", writer.busy_seconds, report.bytes_written, WRITING_THREADS),
         ]
+        spans = self.device.spans() if self.device else []
+        for lane in dict.fromkeys(s.lane for s in spans):
+            moved = sum(s.n_bytes for s in spans if s.lane == lane)
+            stages.append(Stage(lane, busy_seconds(spans, lane), moved, 1))
+        return stages
 
     def _merge_all(self) -> None:
         jobs = self.plan.jobs
         over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
         if any(self._left(j) for j in over_model):
             self._resolve_model(over_model)
-        for item, operands in self._sweep(self._skipping(work_items(self.plan, jobs))):
-            for piece, held in zip(item.pieces, operands, strict=True):
-                self._merge(piece, held)
+        items = work_items(jobs, self.plan.streamed, self.plan.item_bytes)
+        for item, operands in self._sweep(self._skipping(items)):
+            self._merge(item, operands)
         if self.plan.streamed:
             self.reader.resize(self.plan.stream_bytes)
         for job in jobs:
@@ -176,21 +249,24 @@ class Engine:
         start = piece.start * job.out_dtype.itemsize
         return self.out.journal.covers(job.name, start, piece.bytes_out)
 
-    def _skipping(self, items: Iterator[WorkItem]) -> Iterator[WorkItem]:
+    def _skipping(self, items: Iterable[WorkItem]) -> list[WorkItem]:
+        """Return what is left of the items; a list, for another thread may go through it."""
+        left = []
         for item in items:
             pieces = tuple(p for p in item.pieces if not self._is_done(p))
             skipped = [p for p in item.pieces if self._is_done(p)]
             self.report.bytes_kept += sum(p.bytes_out for p in skipped)
             self._passed += sum(p.bytes_in for p in skipped)
             if pieces:
-                yield WorkItem(pieces)
+                left.append(WorkItem(pieces))
+        return left
 
     # ---- reading -----------------------------------------------------------------------------------
 
-    def _sweep(self, items: Iterator[WorkItem]) -> Iterator[tuple[WorkItem, list[Operands]]]:
+    def _sweep(self, items: Iterable[WorkItem]) -> Iterator[tuple[WorkItem, list[Operands]]]:
         """Yield the items, each with its pieces' operands in memory."""
         for item, addresses in self.reader.sweep((item, _runs(item)) for item in items):
-            yield item, list(_operands(item, addresses))
+            yield item, list(_operands(item, addresses, self.reader.memory))
             self.report.bytes_read += sum(p.bytes_in for p in item.pieces)
             if self.progress:
                 name = item.pieces[-1].job.name
@@ -198,23 +274,36 @@ class Engine:
 
     # ---- merging -----------------------------------------------------------------------------------
 
-    def _merge(self, piece: Piece, operands: Operands) -> None:
-        """Merge what is in memory of a job: all of it, or the piece its walk is known for."""
-        job = piece.job
+    def _merge(self, item: WorkItem, operands: Sequence[Operands]) -> None:
+        """Merge what is in memory of some jobs: all of each, or the piece its walk is known for."""
+        together = self.plan.item_bytes if self.device else 0  # the host gains nothing by it
+        batch: list[_Part] = []
+        size = 0
+        for piece, held in zip(item.pieces, operands, strict=True):
+            job = piece.job
+            walk = self._walk_of(job, held)
+            if piece.n < job.n:
+                self.walks[job.name] = walk
+            # A piece of a tensor is cut as its results are; only a whole one has several.
+            whole = piece.n == job.n
+            for part in results_of(job, self.plan.item_bytes) if whole else (piece,):
+                if self._keeps(part):
+                    continue
+                if batch and size + part.bytes_in > together:
+                    self._start(batch)
+                    batch, size = [], 0
+                first = part.start - piece.start
+                batch.append(_Part(part, walk, held.slice(first, first + part.n)))
+                size += part.bytes_in
+        if batch:
+            self._start(batch)
+
+    def _walk_of(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         if job.action is Action.COPY_EQUAL:
             self._compare(job, operands)
-            walk: Walk | Copy = Copy(0)
-        elif job.action is Action.COPY:
-            walk = Copy(0)
-        else:
-            walk = self.walks.get(job.name) or self._resolve_here(job, operands)
-        if piece.n < job.n:
-            self.walks[job.name] = walk
-        # A piece of a tensor is cut as its results are; only a whole one has several.
-        for part in results_of(job) if piece.n == job.n else (piece,):
-            if not self._keeps(part):
-                first = part.start - piece.start
-                self._merge_part(part, walk, operands.slice(first, first + part.n))
+        elif job.action is Action.MERGE:
+            return self.walks.get(job.name) or self._resolve_here(job, operands)
+        return Copy(0)
 
     def _keeps(self, part: Piece) -> bool:
         """Return whether a part of a tensor whose other parts are left is written already."""
@@ -223,36 +312,53 @@ class Engine:
             return True
         return False
 
-    def _merge_part(self, part: Piece, walk: Walk | Copy, operands: Operands) -> None:
+    def _start(self, batch: Sequence[_Part]) -> None:
+        """Run the walks of some parts, in one go where a device does, and queue the results."""
+        places = [self._place(part.piece) for part in batch]
+        out = [
+            self.writer.memory.buffer(self.writer.reserve(place), p.job.out_dtype, p.n)
+            for place, p in zip(places, (part.piece for part in batch), strict=True)
+        ]
+        walks = [
+            (part.walk, part.operands, buffer)
+            for part, buffer in zip(batch, out, strict=True)
+            if part.piece.job.action is not Action.COPY_EQUAL
+        ]
+        with self.watch.time("walk"):
+            bad = _each(start_walks(self.kernels, walks, self.chunk_elements))
+            for part, buffer in zip(batch, out, strict=True):
+                if part.piece.job.action is Action.COPY_EQUAL:
+                    copy_bytes(buffer, part.operands.experts[0])
+        self.reader.sources.check()
+        for part, buffer, place in zip(batch, out, places, strict=True):
+            merged = part.piece.job.action is not Action.COPY_EQUAL
+            check = self._check(part.piece, next(bad)) if merged else None
+            self.writer.write(buffer.address, place, self._written(part.piece.job.name), check)
+            self.report.bytes_written += part.piece.bytes_out
+
+    def _place(self, part: Piece) -> Place:
         job = part.job
         shard, info = self.places[job.name]
         size = job.out_dtype.itemsize
         start, word = part.start * size, word_bytes(job.shape, size)
-        place = Place(
-            self.out.fd(shard),
-            self.out.direct_fd(shard),
-            info.offset + start,
-            part.bytes_out,
-            word,
-            start,
-        )
-        out = Buffer(self.writer.reserve(place), job.out_dtype, part.n)
-        if job.action is Action.COPY_EQUAL:
-            ctypes.memmove(out.address, operands.experts[0].address, part.bytes_out)
-        else:
-            with self.watch.time("walk"):
-                bad = run_walk(self.kernels, walk, operands, out, self.chunk_elements)
-            if bad and self.nan_policy == "error":
-                self._refuse_nonfinite(job, operands)
-        self.reader.sources.check()
+        fds = self.out.fd(shard), self.out.direct_fd(shard)
+        return Place(*fds, info.offset + start, part.bytes_out, word, start)
+
+    def _written(self, name: str) -> Written | None:
         journal = self.out.journal
+        if journal is None:
+            return None
+        return lambda start, n, checksum: journal.add([(name, start, n, checksum)])
 
-        def written(checksum: int) -> None:
-            if journal is not None:
-                journal.add([(job.name, start, part.bytes_out, checksum)])
+    def _check(self, part: Piece, is_bad: Callable[[], bool]) -> Check | None:
+        if self.nan_policy != "error":
+            return None
 
-        self.writer.write(out.address, place, written)
-        self.report.bytes_written += part.bytes_out
+        def check() -> None:
+            if is_bad():
+                refuse_nonfinite(part)
+
+        return check
 
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         assert job.params is not None
@@ -263,9 +369,8 @@ class Engine:
             )
 
     def _compare(self, job: TensorJob, operands: Operands) -> None:
-        first = bytes_of(operands.experts[0])
         for operand, buffer in zip(job.experts[1:], operands.experts[1:], strict=True):
-            if not (bytes_of(buffer) == first).all():
+            if not same_bytes(operands.experts[0], buffer):
                 text = (
                     f"{job.name!r} ({job.out_dtype.torch}) differs between {job.experts[0].model!r} and "
                     f"{operand.model!r}; {job.experts[0].model!r}'s is taken"
@@ -274,15 +379,6 @@ class Engine:
                     raise ConflictError(text + ", which --strict refuses")
                 if text not in self.report.warnings:
                     self.report.warnings.append(text)
-
-    def _refuse_nonfinite(self, job: TensorJob, operands: Operands) -> None:
-        for operand, buffer in zip(job.operands, operands.operands, strict=True):
-            index = first_nonfinite(buffer)
-            if index is not None:
-                raise NonFiniteError(
-                    f"{job.name!r} of {operand.model!r} holds NaN or infinity at flat index "
-                    f"{operands.start + index}; mend the checkpoint or give --nan-policy propagate"
-                )
 
     # ---- statistics that need sweeps of their own ----------------------------------------------------
 
@@ -304,7 +400,7 @@ class Engine:
         index = {job.name: t for t, job in enumerate(jobs)}
 
         def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
-            pieces = (p for t in sorted(wanted) for p in split(jobs[t]))
+            pieces = (p for t in sorted(wanted) for p in split(jobs[t], self.plan.item_bytes))
             items = (WorkItem((p,)) for p in pieces)
             for item, (operands,) in self._sweep(items):
                 for _, chunk in operands.chunks(size, self.chunk_elements):
@@ -326,14 +422,14 @@ class Engine:
                 self.walks[job.name] = stop.value
                 break
             answer = self._stream_statistic(job, request)
-        items = self._skipping(WorkItem((p,)) for p in split(job))
-        for item, (operands,) in self._sweep(items):
-            self._merge(item.pieces[0], operands)
+        items = self._skipping(WorkItem((p,)) for p in split(job, self.plan.item_bytes))
+        for item, operands in self._sweep(items):
+            self._merge(item, operands)
 
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
         sweep = self.kernels.sweep(request, job.n, job.cols, len(job.experts), job.compute)
         while True:
-            items = (WorkItem((p,)) for p in split(job))
+            items = (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
             for _, (operands,) in self._sweep(items):
                 delta = getattr(request, "delta", True)
                 for _, chunk in operands.chunks(grain(request), self.chunk_elements, delta):
@@ -354,14 +450,44 @@ def _runs(item: WorkItem) -> list[Run]:
     return runs
 
 
-def _operands(item: WorkItem, addresses: Sequence[int]) -> Iterator[Operands]:
-    """Yield each piece's operands; addresses are in the order of `_runs`."""
+def _operands(item: WorkItem, addresses: Sequence[int], memory: Memory) -> Iterator[Operands]:
+    """Yield each piece's operands; addresses in the memory are in the order of `_runs`."""
     at = iter(addresses)
     for piece in item.pieces:
         job = piece.job
-        buffers = [Buffer(next(at), o.info.dtype, piece.n) for o in job.operands]
+        buffers = [memory.buffer(next(at), o.info.dtype, piece.n) for o in job.operands]
         base = buffers.pop(0) if job.base else None
         yield Operands(base, buffers, job.cols, job.compute, piece.start)
+
+
+def _each(found: Callable[[], list[bool]]) -> Iterator[Callable[[], bool]]:
+    """Yield, for each walk of a batch, what tells whether it met NaN or infinity: the first asked waits."""
+    known = cache(found)
+    for i in count():
+        yield partial(_at, known, i)
+
+
+def _at(known: Callable[[], list[bool]], i: int) -> bool:
+    return known()[i]
+
+
+def refuse_nonfinite(part: Piece) -> None:
+    """Raise NonFiniteError for the first NaN or infinity in a part's operands, read from their files again:
+    by the time a device tells, its memory holds others."""
+    for operand in part.job.operands:
+        info = operand.info
+        size = info.dtype.itemsize
+        with opened(info.file) as (fd, _):
+            for start in range(part.start, part.start + part.n, CHUNK_ELEMENTS):
+                n = min(CHUNK_ELEMENTS, part.start + part.n - start)
+                data = read_at(fd, info.file, info.offset + start * size, n * size)
+                held = ctypes.create_string_buffer(data, len(data))
+                index = first_nonfinite(Buffer(ctypes.addressof(held), info.dtype, n))
+                if index is not None:
+                    raise NonFiniteError(
+                        f"{part.job.name!r} of {operand.model!r} holds NaN or infinity at flat index "
+                        f"{start + index}; mend the checkpoint or give --nan-policy propagate"
+                    )
 
 
 def head_differs(plan: Plan, out: Output) -> bool:

@@ -8,7 +8,6 @@ and never shows in a result.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
-from fastmerge.backends.memory import tensor_of, to_host
+from fastmerge.backends.memory import bytes_of, copy_bytes, to_host
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
@@ -161,35 +160,43 @@ def run_walks(
     limit: int = CHUNK_ELEMENTS,
 ) -> list[bool]:
     """As `run_walk`, of many tensors at once."""
-    bad = [False] * len(jobs)
+    return start_walks(kernels, jobs, limit)()
+
+
+def start_walks(
+    kernels: Kernels,
+    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer]],
+    limit: int = CHUNK_ELEMENTS,
+) -> Callable[[], list[bool]]:
+    """As `run_walks`, without waiting for a device: what is returned waits for it, and may be called once
+    the operands are gone."""
     parts: list[tuple[Walk, Chunk, Buffer]] = []
     tensor: list[int] = []
+    copies: list[tuple[int, Buffer, Buffer]] = []
     for t, (walk, operands, out) in enumerate(jobs):
         if isinstance(walk, Copy):
-            bad[t] = copy_into(kernels, operands.operands[walk.index], operands, out, limit)
-            continue
+            source = operands.operands[walk.index]
+            if source.dtype is out.dtype:
+                copies.append((t, out, source))
+            walk = Walk(coefficient=np.ones((1, 1)), add_base=False)
+            operands = Operands(None, [source], operands.cols, operands.compute, operands.start)
         refuse_unrunnable(kernels, walk)
         for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
             cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
             parts.append((cut, chunk, out.slice(a, a + chunk.n)))
             tensor.append(t)
-    for t, found in zip(tensor, kernels.walks(parts), strict=True):
-        bad[t] |= found
-    return bad
+    parts_bad = kernels.start_walks(parts)
 
+    def bad() -> list[bool]:
+        found = [False] * len(jobs)
+        for t, is_bad in zip(tensor, parts_bad(), strict=True):
+            found[t] |= is_bad
+        return found
 
-def copy_into(
-    kernels: Kernels, source: Buffer, operands: Operands, out: Buffer, limit: int = CHUNK_ELEMENTS
-) -> bool:
-    """Copy `source`, converting its type when `out` has another one; true if it holds NaN or infinity."""
-    single = Operands(None, [source], operands.cols, operands.compute, operands.start)
-    same = Walk(coefficient=np.ones((1, 1)), add_base=False)
-    bad = run_walk(kernels, same, single, out, limit)
-    if bad and source.dtype is out.dtype:  # a walk makes all NaNs the same one
-        if source.device == out.device == "cpu":
-            ctypes.memmove(out.address, source.address, source.n * source.dtype.itemsize)
-        else:
-            tensor_of(out).copy_(tensor_of(source))
+    for t, target, source in copies:
+        # A walk makes all NaNs the same one. On the host it is known by now whether there are any.
+        if source.device != "cpu" or bad()[t]:
+            copy_bytes(target, source)
     return bad
 
 
@@ -198,13 +205,6 @@ def refuse_unrunnable(kernels: Kernels, walk: Walk) -> None:
     reason = kernels.refuses(walk)
     if reason:
         raise BackendError(f"{kernels.name} cannot run this walk: {reason}")
-
-
-def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """View a buffer's memory as uint8 without copying."""
-    n_bytes = buffer.n * buffer.dtype.itemsize
-    memory = (ctypes.c_uint8 * n_bytes).from_address(buffer.address)
-    return np.ctypeslib.as_array(memory) if n_bytes else np.empty(0, np.uint8)
 
 
 def first_nonfinite(buffer: Buffer) -> int | None:

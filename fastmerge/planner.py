@@ -5,15 +5,19 @@ Pure data: nothing here reads a weight. The engine carries a plan out; `fastmerg
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
+from fastmerge.budget import (
+    DEVICE_PROCESS_BYTES,
+    EDGE_BYTES,
+    PROCESS_BYTES,
+    DeviceBudget,
+    default_memory,
+    fit_device,
+    fit_host,
+)
 from fastmerge.checkpoint import (
     Checkpoint,
     Layout,
@@ -23,27 +27,10 @@ from fastmerge.checkpoint import (
     plan_layout,
 )
 from fastmerge.dtypes import DType, promote
-from fastmerge.errors import ConflictError, RecipeError
+from fastmerge.errors import ConflictError
+from fastmerge.jobs import ITEM_BYTES, Action, Operand, TensorJob
 from fastmerge.recipe import LayerPositions, Recipe
-from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
-from fastmerge.streaming.ring import BLOCK, READ_AHEAD, room
-from fastmerge.stages import Axis, Moments, OrderStatistic, RankedDrop
-
-MIB = 1 << 20
-
-#: Input bytes of one work item: large enough for the disk, small enough to stay in a last-level cache.
-ITEM_BYTES = 16 * MIB
-ITEM_TENSORS = 256
-
-#: Results that wait to be written, at most, and the least memory for them.
-WRITE_BEHIND = 4
-RESULT_BYTES = 4 * MIB
-
-#: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 50 MiB).
-PROCESS_BYTES = 56 * MIB
-
-#: What an operand takes beside its bytes: a mapped file comes in pages of up to two MiB.
-EDGE_BYTES = MIB
+from fastmerge.registry import MethodSpec, Params, Scope
 
 #: Names under which an output head may be tied to an embedding, nearest first.
 HEAD = "lm_head.weight"
@@ -55,94 +42,6 @@ EMBEDDINGS = (
     "model.language_model.embed_tokens.weight",
     "transformer.word_embeddings.weight",
 )
-
-
-class Action(Enum):
-    MERGE = "merge"
-    COPY = "copy"  # one operand, converted to the output type if need be
-    COPY_EQUAL = "copy if equal"  # integers: all operands should hold the same bytes
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One input's tensor: the model's name for messages and where its bytes are."""
-
-    model: str
-    info: TensorInfo
-
-
-@dataclass(frozen=True)
-class TensorJob:
-    """One output tensor. base is set for delta methods only; experts are the recipe's other operands."""
-
-    name: str
-    shape: tuple[int, ...]
-    action: Action
-    out_dtype: DType
-    compute: DType
-    base: Operand | None
-    experts: tuple[Operand, ...]
-    scope: Scope = Scope.ELEMENT
-    params: Params | None = None
-
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        return ((self.base,) if self.base else ()) + self.experts
-
-    @property
-    def n(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def cols(self) -> int:
-        return max(1, self.shape[-1]) if self.shape else 1
-
-    @property
-    def bytes_in(self) -> int:
-        return sum(o.info.n_bytes for o in self.operands)
-
-    @property
-    def bytes_out(self) -> int:
-        return self.n * self.out_dtype.itemsize
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of the tensor should be in memory at once."""
-        return self.action is Action.MERGE and self.scope in (Scope.TENSOR, Scope.WHOLE)
-
-    def context(self, seed: int, n_model: int) -> TensorContext:
-        return TensorContext(
-            self.name, self.shape, len(self.experts), self.base is not None, seed, n_model
-        )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + n) of one job."""
-
-    job: TensorJob
-    start: int
-    n: int
-
-    @property
-    def bytes_in(self) -> int:
-        return sum(self.n * o.info.dtype.itemsize for o in self.job.operands)
-
-    @property
-    def bytes_out(self) -> int:
-        return self.n * self.job.out_dtype.itemsize
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """What is read, merged and written together."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def memory(self) -> int:
-        """Bytes of ring memory that the operands take."""
-        return sum(room(p.n * o.info.dtype.itemsize) for p in self.pieces for o in p.job.operands)
 
 
 @dataclass(frozen=True)
@@ -170,6 +69,8 @@ class Plan:
     stream_bytes: int = 0  # the same while those that are too large are streamed
     result_bytes: int = 0
     working_bytes: int = 0  # the most that operands and kernels take together
+    item_bytes: int = ITEM_BYTES
+    device: DeviceBudget | None = None  # instead of the four above, where a device merges
     n_model: int = 0
     allow_missing: bool = False
     streamed: frozenset[str] = field(default_factory=frozenset)
@@ -193,6 +94,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
+        if self.device:
+            return DEVICE_PROCESS_BYTES + self.device.pinned
         most = max((len(j.operands) for j in self.jobs), default=0)
         return PROCESS_BYTES + self.result_bytes + self.working_bytes + most * EDGE_BYTES
 
@@ -225,6 +128,14 @@ class Plan:
             "bytes_written": self.bytes_written,
             "shards": [s.file_name for s in self.layout.shards] if self.layout else [],
             "peak_memory": self.peak_memory,
+            "device": None
+            if self.device is None
+            else {
+                "name": self.device.name,
+                "memory": self.device.total,
+                "pinned": self.device.pinned,
+                "streamed": sorted(self.streamed),
+            },
             "disk": self.layout.disk_bytes if self.layout else 0,
             "conflicts": self.conflicts,
             "warnings": self.warnings,
@@ -239,9 +150,14 @@ def make_plan(
     allow_missing: bool = False,
     strict: bool = False,
     seed: int = 0,
+    device: tuple[str, int] | None = None,
+    max_pinned: int | None = None,
 ) -> Plan:
     """Read all headers and decide everything that can be decided without reading a weight.
 
+    Args:
+        device: name and bytes of memory of the device that merges; None: the host does.
+        max_pinned: most bytes of page-locked memory then.
     Raises:
         CheckpointError, RecipeError: an input or the recipe itself is wrong. Conflicts among inputs
             do not raise: they are listed in `Plan.conflicts`.
@@ -276,7 +192,10 @@ def make_plan(
         n_model=sum(j.n for j in jobs if j.action is Action.MERGE),
         allow_missing=allow_missing,
     )
-    _fit_memory(plan)
+    if device is None:
+        fit_host(plan)
+    else:
+        fit_device(plan, *device, max_pinned)
     return plan
 
 
@@ -429,127 +348,3 @@ class _Builder:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(n) for n in names)
-
-
-# ---- memory ----------------------------------------------------------------------------------------
-
-
-def default_memory() -> int:
-    """Return 40 % of what is free now, cgroup limits respected."""
-    available = 2 << 30
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass  # not Linux, or no cgroup: the guess above, or MemAvailable alone
-    return max(512 * MIB, int(available * 0.4))
-
-
-def _scratch(plan: Plan, job: TensorJob) -> int:
-    """Bound the kernels' own memory for one job, by the statistic that its recipe asks for first.
-
-    A rank cut of n elements samples s of them and keeps what lies in its bracket, about 4 / sqrt(s) of all,
-    more where neighbours are alike, 10 bytes each (csrc/cpu/order.cpp). Drops keep a bit of each element for
-    the walk, or rank a chunk (csrc/cpu/sweeps.hpp).
-    """
-    if job.action is not Action.MERGE or job.scope is Scope.ELEMENT:
-        return 0
-    assert job.params is not None
-    recipe = plan.spec.recipe(job.params, job.context(plan.seed, plan.n_model))
-    request = next(recipe, None)
-    recipe.close()
-    experts = len(job.experts)
-    n = plan.n_model if job.scope is Scope.MODEL else job.n
-    if isinstance(request, OrderStatistic) and request.scope != "row":
-        n_cuts = 1 if request.of == "variance" else sum(max(1, len(r)) for r in request.ranks)
-        sample = 16 * min(max(n // 2048, 1024), 1 << 16)
-        held = int(10 * n * 4 * (2 / sample) ** 0.5)
-        span = 10 * (1 << 15) * (os.cpu_count() or 1)
-        return n_cuts * (min(held, 10 * n) + span) + experts * 10 * sample
-    drop = request.keep.drop if isinstance(request, Moments) else None
-    if isinstance(drop, RankedDrop) and (drop.axis is not Axis.ROW or job.cols % 64):
-        ranked = n if drop.axis is not Axis.ROW else min(n, CHUNK_ELEMENTS)
-        return ranked * (4 * experts + 16 * (os.cpu_count() or 1))
-    return experts * n // 8 if drop is not None and n <= MOST_DECIDED else 0
-
-
-def _fit_memory(plan: Plan) -> None:
-    """Choose the rings' sizes and which tensors are too large to be held whole."""
-    if not plan.jobs:
-        return
-    largest_parts = (next(results_of(j), None) for j in plan.jobs)  # the first is as large as any
-    results = max((p.bytes_out + 2 * BLOCK for p in largest_parts if p), default=0)
-    plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
-    most = max(len(j.operands) for j in plan.jobs)
-    budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES
-    scratch = {j.name: _scratch(plan, j) for j in plan.jobs}
-    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole}
-    streamed = {name for name, size in whole.items() if size + scratch[name] > budget}
-    plan.streamed = frozenset(streamed)
-    held_scratch = max((n for name, n in scratch.items() if name not in streamed), default=0)
-    largest = max((i.memory for i in work_items(plan, plan.jobs)), default=0)
-    ahead = READ_AHEAD * ITEM_BYTES
-    plan.operand_bytes = max(largest, min(budget - held_scratch, largest + ahead))
-    working = plan.operand_bytes + held_scratch
-    if streamed:
-        pieces = (next(split(j)) for j in plan.jobs if j.name in streamed)
-        item = max(WorkItem((piece,)).memory for piece in pieces)
-        stream_scratch = max(scratch[name] for name in streamed)
-        room_left = min(budget - stream_scratch, (READ_AHEAD + 2) * item)
-        plan.stream_bytes = max(2 * item, room_left)
-        working = max(working, plan.stream_bytes + stream_scratch)
-    plan.working_bytes = working
-    too_large = [j.name for j in plan.jobs if j.scope is Scope.WHOLE and j.name in streamed]
-    needed = max([plan.working_bytes, *(whole[n] + scratch[n] for n in too_large)])
-    if needed > budget:
-        raise RecipeError(
-            f"max-memory of {plan.max_memory // MIB} MiB is too little for this merge; "
-            f"give at least {-(-(plan.max_memory - budget + needed) // MIB)} MiB"
-        )
-
-
-def results_of(job: TensorJob) -> Iterator[Piece]:
-    """Cut a job into the pieces that its walk is run and written in."""
-    if job.is_whole and job.scope is Scope.WHOLE:
-        yield Piece(job, 0, job.n)
-    else:
-        yield from split(job)
-
-
-def split(job: TensorJob, item_bytes: int = ITEM_BYTES) -> Iterator[Piece]:
-    """Cut a job into pieces of about `item_bytes` of input: whole rows, or 4096s of a long row."""
-    per_element = sum(o.info.dtype.itemsize for o in job.operands)
-    step = max(4096, item_bytes // per_element)
-    step = step // job.cols * job.cols if job.cols <= step else step // 4096 * 4096
-    for start in range(0, job.n, step):
-        yield Piece(job, start, min(step, job.n - start))
-
-
-def work_items(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[WorkItem]:
-    """Batch small jobs and cut large ones, in output order; jobs too large to hold whole are left out."""
-    batch: list[Piece] = []
-    size = 0
-    for job in jobs:
-        if job.name in plan.streamed:
-            continue
-        whole = job.bytes_in <= ITEM_BYTES
-        if whole and size + job.bytes_in <= ITEM_BYTES and len(batch) < ITEM_TENSORS:
-            batch.append(Piece(job, 0, job.n))
-            size += job.bytes_in
-            continue
-        if batch:
-            yield WorkItem(tuple(batch))
-            batch, size = [], 0
-        if whole:
-            batch, size = [Piece(job, 0, job.n)], job.bytes_in
-        elif job.is_whole:
-            yield WorkItem((Piece(job, 0, job.n),))
-        else:
-            yield from (WorkItem((piece,)) for piece in split(job))
-    if batch:
-        yield WorkItem(tuple(batch))

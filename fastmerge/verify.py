@@ -29,7 +29,8 @@ from fastmerge.checkpoint.files import opened, read_at, read_json_object
 from fastmerge.checkpoint.wording import shown
 from fastmerge.engine import Engine
 from fastmerge.errors import CheckpointError, MergeError
-from fastmerge.planner import Action, Plan, make_plan
+from fastmerge.jobs import Action
+from fastmerge.planner import Plan, make_plan
 from fastmerge.provenance import MANIFEST
 from fastmerge.recipe import load_recipe
 

@@ -23,7 +23,7 @@ import torch
 from fastmerge import _cpu
 from fastmerge.checkpoint import TensorInfo, word_bytes
 from fastmerge.dtypes import DType
-from fastmerge.planner import Action, Operand, TensorJob, split
+from fastmerge.jobs import Action, Operand, TensorJob, split
 
 HERE = Path(__file__).parent
 TIES_MODEL = families.recipe("ties", "scope: model, zero_sign: global_majority, rescale: true")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,6 +94,11 @@ class Kernels(Protocol):
     def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
         """As `walk`, many at once: where a launch costs more than a small tensor, they share one."""
         return [self.walk(*job) for job in jobs]
+
+    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+        """As `walks`, without waiting for a device: what is returned waits, and tells what `walks` does."""
+        found = self.walks(jobs)
+        return lambda: found
 
     def refuses(self, walk: Walk) -> str | None:
         """Return why this backend cannot run `walk`, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -233,8 +233,11 @@ class CudaKernels(Kernels):
         return self.walks([(walk, chunk, out)])[0]
 
     def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+        return self.start_walks(jobs)()
+
+    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
         if not jobs:
-            return []
+            return lambda: []
         queue = self._queue()
         bad = queue.zeros(len(jobs), dtype="int32")
         batch = self._native.Batch()
@@ -260,8 +263,12 @@ class CudaKernels(Kernels):
             )
         queue.place(batch)
         queue.run("walk", batch)
-        flags: list[bool] = (bad != 0).tolist()
-        del owned  # only now: the kernels have run
+
+        def flags() -> list[bool]:
+            found: list[bool] = (bad != 0).tolist()
+            owned.clear()  # only now: the kernels have run
+            return found
+
         return flags
 
     def keep_mask(self, keep: Keep, chunk: Chunk) -> Any:

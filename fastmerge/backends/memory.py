@@ -1,9 +1,11 @@
-"""Buffers as torch tensors, on whatever device they lie, and back."""
+"""Buffers as torch tensors or plain bytes, on whatever device they lie."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastmerge.backends import Buffer
 
@@ -23,8 +25,10 @@ def tensor_of(buffer: Buffer) -> Tensor:
         memory = (ctypes.c_uint8 * n_bytes).from_address(buffer.address)
         return torch.frombuffer(memory, dtype=dtype)
     owner: Tensor = buffer.owner
-    first = (buffer.address - owner.data_ptr()) // buffer.dtype.itemsize
-    return owner.view(-1)[first : first + buffer.n]
+    held = owner.view(-1).view(torch.uint8)
+    first = buffer.address - owner.data_ptr()
+    run: Tensor = held[first : first + buffer.n * buffer.dtype.itemsize]
+    return run.view(dtype)
 
 
 def to_host(buffer: Buffer) -> Buffer:
@@ -33,3 +37,27 @@ def to_host(buffer: Buffer) -> Buffer:
         return buffer
     held = tensor_of(buffer).cpu()
     return Buffer(held.data_ptr(), buffer.dtype, buffer.n, held)
+
+
+def bytes_of(buffer: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """View a buffer in host memory as uint8 without copying."""
+    n_bytes = buffer.n * buffer.dtype.itemsize
+    memory = (ctypes.c_uint8 * n_bytes).from_address(buffer.address)
+    return np.ctypeslib.as_array(memory) if n_bytes else np.empty(0, np.uint8)
+
+
+def same_bytes(a: Buffer, b: Buffer) -> bool:
+    """Return whether two buffers on one device hold the same bytes."""
+    if a.device == "cpu":
+        return bool((bytes_of(a) == bytes_of(b)).all())
+    import torch
+
+    return torch.equal(tensor_of(a).view(torch.uint8), tensor_of(b).view(torch.uint8))
+
+
+def copy_bytes(target: Buffer, source: Buffer) -> None:
+    """Copy a buffer of the same type and length on the same device."""
+    if source.device == "cpu":
+        ctypes.memmove(target.address, source.address, source.n * source.dtype.itemsize)
+    elif source.n:
+        tensor_of(target).copy_(tensor_of(source))

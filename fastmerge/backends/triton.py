@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,10 @@ class TritonKernels(Kernels):
         return self._torch.zeros(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def upload(self, array: Any) -> Tensor:
-        return self._torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        host = self._torch.from_numpy(np.ascontiguousarray(array))
+        if self.device != "cpu":  # a copy from pageable memory would wait for the stream
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
     # ---- keys and ranked drops -------------------------------------------------------------------
 
@@ -224,6 +227,9 @@ class TritonKernels(Kernels):
         return self.walks([(walk, chunk, out)])[0]
 
     def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+        return self.start_walks(jobs)()
+
+    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
         plans: list[Plan] = []
         works: list[tuple[Chunk, Buffer]] = []
         for walk, chunk, out in jobs:
@@ -243,7 +249,7 @@ class TritonKernels(Kernels):
         for j, (plan, table, (chunk, out)) in enumerate(zip(plans, tables, works, strict=True)):
             self._walk_spans(plan, chunk, out, at, flags.data_ptr() + 4 * j)
             at += 8 * len(table)
-        return [bool(f) for f in flags.cpu().tolist()[: len(jobs)]]
+        return lambda: [bool(f) for f in flags.cpu().tolist()[: len(jobs)]]
 
     def _walk_spans(self, plan: Plan, chunk: Chunk, out: Buffer, table: int, flag: int) -> None:
         from fastmerge.triton_kernels.fused import merge_elements_kernel

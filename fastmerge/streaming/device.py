@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import importlib
 import threading
 import time
 from collections.abc import Iterator
@@ -188,13 +189,17 @@ class TorchDevice:
         self._torch = torch
         try:
             index = torch.device(name).index
-            self._device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+            self._device = torch.device(
+                "cuda", torch.cuda.current_device() if index is None else index
+            )
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"{name} cannot be used: {_line(error)}") from None
         if self._device.index >= torch.cuda.device_count():
             n = torch.cuda.device_count()
-            raise DeviceError(f"{name} does not exist; this machine has {n} (cuda:0 to cuda:{n - 1})")
+            raise DeviceError(
+                f"{name} does not exist; this machine has {n} (cuda:0 to cuda:{n - 1})"
+            )
         self.name = str(self._device)
         with torch.cuda.device(self._device):
             self._streams = [torch.cuda.Stream(self._device) for _ in Stream]
@@ -210,9 +215,16 @@ class TorchDevice:
 
     @contextmanager
     def reporting(self, what: str) -> Iterator[None]:
+        """Turn what torch raises for the device into errors that say where it was."""
         try:
             yield
-        except RuntimeError as error:  # torch's AcceleratorError is one
+        except self._torch.cuda.OutOfMemoryError:
+            raise DeviceMemoryError(
+                f"{what}: {self.name} ran out of memory; give a smaller --max-vram"
+            ) from None
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("CUDA", "HIP", "cuda", "hip")):
+                raise
             raise DeviceError(f"{what} failed on {self.name}: {_line(error)}") from None
 
     def free_bytes(self) -> int:
@@ -220,12 +232,8 @@ class TorchDevice:
 
     def allocate(self, n_bytes: int) -> Memory:
         torch = self._torch
-        try:
+        with self.reporting(f"taking {n_bytes >> 20} MiB"):
             held = torch.empty(max(n_bytes, 1), dtype=torch.uint8, device=self._device)
-        except torch.cuda.OutOfMemoryError:
-            raise DeviceMemoryError(
-                f"{self.name} has no {n_bytes >> 20} MiB free in one piece; give a smaller --max-vram"
-            ) from None
         self._held[held.data_ptr()] = held
         return Memory(held.data_ptr(), n_bytes, self.name, held)
 

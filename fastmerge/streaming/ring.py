@@ -2,7 +2,7 @@
 
 Two rings of bytes, one for operands and one for results, hand out regions and take them back in order.
 Threads of csrc/io fill the next operands and write the last results while the kernels work; a full ring makes
-one side wait for the other. Nothing else holds tensor bytes.
+one side wait for the other. Nothing else in the host's memory holds tensor bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastmerge import _cpu
 from fastmerge.errors import CheckpointError, ReadError
+from fastmerge.streaming.device import Event, Memory
 from fastmerge.streaming.sources import Source, Sources, truncated
 
 T = TypeVar("T")
@@ -28,8 +29,12 @@ Segment = tuple[int, int, int, int, int]
 #: A run of bytes of an input file: (file, offset, bytes).
 Run = tuple[Path, int, int]
 
-#: Called with the checksum of a result when all of it is written.
-Written = Callable[[int], None]
+#: Called with the checksum of a result, or of part of one, when it is written, and which part: (first byte in
+#: the tensor, bytes, checksum).
+Written = Callable[[int, int, int], None]
+
+#: Raises what speaks against writing a result.
+Check = Callable[[], None]
 
 #: Reads that wait in memory at most, beside the one in work: more only spends memory.
 READ_AHEAD = 4
@@ -37,7 +42,10 @@ READ_AHEAD = 4
 #: Requests in flight. Pages of mapped files cost the processor, requests to the disk need company.
 MAPPING_THREADS, READING_THREADS, WRITING_THREADS = 1, 8, 2
 
-ALIGNMENT = 64
+#: Requests in flight to feed a device: a thread copies some 5 GB/s out of the page cache, a link takes 50.
+FEEDING_THREADS = max(READING_THREADS, min(32, os.cpu_count() or 1))
+
+ALIGNMENT = 512  # of operands: what a warp loads at once; alike in host and device memory
 BLOCK = 4096  # of the disk: what bypasses the page cache agrees with its place modulo this
 DIRECT_LEAST = 64 << 10  # bytes; smaller runs go through the page cache: csrc/io/transfer.hpp
 _MAPPED = -1  # csrc/io/transfer.hpp
@@ -48,26 +56,24 @@ def room(n: int) -> int:
     return n + ALIGNMENT + (BLOCK if n >= DIRECT_LEAST else 0)
 
 
-class Bytes:
-    """A ring of memory: regions are taken behind the newest and given back from the oldest."""
+class Ring:
+    """Places in `capacity` bytes: regions are taken behind the newest and given back from the oldest."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._arena = _cpu.Arena(capacity)
+    def __init__(self, capacity: int, unit: int = BLOCK) -> None:
+        self.capacity, self._unit = capacity, unit
         self._held: deque[tuple[int, int]] = deque()  # offset, size
         self._head = 0
 
     def take(self, size: int) -> int | None:
-        """Return the address of `size` bytes, aligned to a block; None while there is no room."""
-        size = -(-max(size, 1) // BLOCK) * BLOCK
+        """Return the offset of `size` bytes, a multiple of `unit`; None while there is no room."""
+        size = -(-max(size, 1) // self._unit) * self._unit
         if size > self.capacity:
             raise MemoryError(f"{size} bytes do not fit a ring of {self.capacity}")
         at = self._place(size)
-        if at is None:
-            return None
-        self._held.append((at, size))
-        self._head = at + size
-        return self._arena.address + at
+        if at is not None:
+            self._held.append((at, size))
+            self._head = at + size
+        return at
 
     def give_back(self) -> None:
         """Give the oldest region back."""
@@ -84,6 +90,15 @@ class Bytes:
         return head if head + size <= tail else None
 
 
+class HostRing(Ring):
+    """A ring with host memory behind it."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._arena = _cpu.Arena(capacity)
+        self.address: int = self._arena.address
+
+
 @dataclass
 class Region:
     """The operands of one work item: the address of each of its runs."""
@@ -93,19 +108,49 @@ class Region:
     ticket: int
 
 
-class Reader:
-    """Reads work items ahead of the one that is being merged."""
+class Transfers(Protocol):
+    """Threads that move segments between files and memory: `_cpu.Transfers`, or a simulated disk."""
 
-    def __init__(self, sources: Sources, capacity: int) -> None:
+    def submit(
+        self, segments: Sequence[Segment], words: Sequence[tuple[int, int]] = ...
+    ) -> int: ...
+    def wait(self, ticket: int) -> tuple[tuple[int, int, int] | None, list[int]]: ...
+    def is_done(self, ticket: int) -> bool: ...
+    @property
+    def busy_seconds(self) -> float: ...
+    def close(self) -> None: ...
+
+
+class Reader:
+    """Reads work items ahead of the one that is being merged.
+
+    fence: called when the caller is done with an item, as far as it goes: the item's memory is read into anew
+    when the event that it returns has come. Default: at once.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        capacity: int,
+        *,
+        n_threads: int | None = None,
+        transfers: Transfers | None = None,
+        fence: Callable[[], Event] | None = None,
+    ) -> None:
         self.sources = sources
+        self.memory = Memory(0, 0)  # operands lie all over the host's memory
         self.waited = 0.0  # seconds
-        self._ring = Bytes(capacity)
-        self.n_threads = MAPPING_THREADS if sources.mapped else READING_THREADS
-        self._transfers = _cpu.Transfers(False, self.n_threads)
+        self.ring = HostRing(capacity)
+        self.n_threads = n_threads or (MAPPING_THREADS if sources.mapped else READING_THREADS)
+        self._fence = fence
+        self._used: deque[Event] = (
+            deque()
+        )  # of the oldest regions, whose bytes are still being copied
+        self._transfers = transfers or _cpu.Transfers(False, self.n_threads)
 
     def resize(self, capacity: int) -> None:
         """Give the memory back and take `capacity` bytes anew; between sweeps."""
-        self._ring = Bytes(capacity)
+        self.ring = HostRing(capacity)
 
     def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
         """Yield (item, address of each of its runs) in order, the bytes in memory.
@@ -118,7 +163,7 @@ class Reader:
         following = next(upcoming, None)
         while following is not None or waiting:
             while following is not None and len(waiting) <= READ_AHEAD:
-                region = self._begin(following[1])
+                region = self._begin(following[1], patient=not waiting)
                 if region is None:
                     break
                 waiting.append((following[0], region))
@@ -133,15 +178,30 @@ class Reader:
             self.sources.check()
             for (source, offset, n), address in zip(region.runs, region.addresses, strict=True):
                 self.sources.release(source, offset, n, address)
-            self._ring.give_back()
+            if self._fence is None:
+                self.ring.give_back()
+            else:
+                self._used.append(self._fence())
 
-    def _begin(self, runs: Sequence[Run]) -> Region | None:
+    def _room(self, size: int, patient: bool) -> int | None:
+        """Return the address of `size` bytes of the ring. patient: wait for copies out of it to end."""
+        while self._used and self._used[0].is_done():
+            self._used.popleft()
+            self.ring.give_back()
+        while (at := self.ring.take(size)) is None:
+            if not (self._used and patient):
+                return None
+            self._used.popleft().wait()
+            self.ring.give_back()
+        return self.ring.address + at
+
+    def _begin(self, runs: Sequence[Run], patient: bool) -> Region | None:
         """Start reading an item's runs; None while there is no memory for them.
 
         Mapped runs take room, too: their pages are this process's memory.
         """
         opened = [(self.sources.source(path), offset, n) for path, offset, n in runs]
-        at = self._ring.take(sum(room(n) for _, _, n in opened))
+        at = self._room(sum(room(n) for _, _, n in opened), patient)
         if at is None:
             return None
         addresses: list[int] = []
@@ -183,6 +243,7 @@ class Reader:
 @dataclass
 class _Pending:
     ticket: int
+    place: Place
     written: Written | None
 
 
@@ -202,25 +263,33 @@ class Place:
 class Writer:
     """Writes results behind the kernels."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, transfers: Transfers | None = None) -> None:
+        self.memory = Memory(0, 0)
         self.waited = 0.0  # seconds
-        self._ring = Bytes(capacity)
-        self._transfers = _cpu.Transfers(True, WRITING_THREADS)
+        self.ring = HostRing(capacity)
+        self._transfers = transfers or _cpu.Transfers(True, WRITING_THREADS)
         self._pending: deque[_Pending] = deque()
 
     def reserve(self, place: Place) -> int:
         """Return the address to put a result at; waits for earlier ones to be written if need be."""
         while self._pending and self._transfers.is_done(self._pending[0].ticket):
             self._finish_oldest()
-        while (at := self._ring.take(place.n + BLOCK)) is None:
+        while (at := self.ring.take(place.n + BLOCK)) is None:
             self._finish_oldest()
-        return at + place.offset % BLOCK
+        return self.ring.address + at + place.offset % BLOCK
 
-    def write(self, address: int, place: Place, written: Written | None) -> None:
-        """Queue the result that was reserved last."""
+    def write(
+        self, address: int, place: Place, written: Written | None, check: Check | None = None
+    ) -> None:
+        """Queue a result; results are queued in the order in which they were reserved.
+
+        check: called before a byte of it is written; what it raises stops that.
+        """
+        if check:
+            check()
         segment = (place.fd, place.direct_fd, place.offset, place.n, address)
         ticket = self._transfers.submit([segment], [(place.word, place.start)])
-        self._pending.append(_Pending(ticket, written))
+        self._pending.append(_Pending(ticket, place, written))
 
     def drain(self) -> None:
         """Wait until everything queued is written."""
@@ -235,9 +304,9 @@ class Writer:
         if error is not None:
             raise _write_error(*error)
         self._pending.popleft()
-        self._ring.give_back()
+        self.ring.give_back()
         if pending.written:
-            pending.written(sums[0])
+            pending.written(pending.place.start, pending.place.n, sums[0])
 
     @property
     def busy_seconds(self) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastmerge import _cpu
 from fastmerge.checkpoint import open_direct
-from fastmerge.errors import CheckpointError, ReadError
+from fastmerge.errors import CheckpointError, ReadError, RecipeError
 
 #: Of a file's sampled pages, the share that must be in the page cache for the file to count as warm.
 WARM = 0.75
@@ -26,7 +26,8 @@ class Io(str, Enum):
     mmap:     inputs are mapped, pages brought in ahead of the kernels; no copy. Best when they are cached.
     direct:   inputs are read past the page cache. Best when they are not.
     buffered: inputs and output go through the page cache, and what was not in it before is dropped again.
-    auto:     mmap if all inputs are in the page cache, else direct for those that are not.
+    auto:     mmap if all inputs are in the page cache, else direct for those that are not. For a device:
+              through the page cache what is in it, direct what is not.
     In all but buffered the output is written past the page cache, where the file system can.
     """
 
@@ -76,12 +77,21 @@ def is_warm(path: Path) -> bool:
 
 
 class Sources:
-    """All input files, each opened when first asked for, once for the whole merge."""
+    """All input files, each opened when first asked for, once for the whole merge.
 
-    def __init__(self, files: Iterable[Path], io: Io = Io.AUTO) -> None:
+    may_map: whether tensors may be merged where they lie; else auto reads cached files through the cache.
+    """
+
+    def __init__(self, files: Iterable[Path], io: Io = Io.AUTO, *, may_map: bool = True) -> None:
         self.io = io
+        if io is Io.MMAP and not may_map:
+            raise RecipeError(
+                "io mmap merges in the files' own memory, which a device does not read; "
+                "choose auto, direct or buffered"
+            )
         if io is Io.AUTO:
-            self.io = Io.MMAP if all(map(_is_warm_or_gone, files)) else Io.DIRECT
+            warm = may_map and all(map(_is_warm_or_gone, files))
+            self.io = Io.MMAP if warm else Io.DIRECT
         self._auto = io is Io.AUTO
         self._open: dict[Path, Source] = {}
         self._lost = _cpu.lost_pages()

@@ -1,0 +1,197 @@
+"""Operands on their way to a device: from the reader's ring into a ring of device memory.
+
+A thread of its own waits for reads and queues copies; the thread that merges gets an item when its copies are
+queued, and lets the compute stream, not itself, wait for them. So the copying stream always has the next
+blocks before it, however long a statistic keeps the host.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fastmerge.streaming.device import Device, Event, Stream
+from fastmerge.streaming.ring import ALIGNMENT, Reader, Ring, Run
+
+T = TypeVar("T")
+
+
+def device_room(n: int) -> int:
+    """Return the bytes of a device's ring that a run takes."""
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class _Block(Generic[T]):
+    """Part of an item: runs that are read and copied together, each with its offset in the item's region."""
+
+    item: T
+    size: int  # of the item's region
+    offsets: list[int]
+    lengths: list[int]
+    item_offsets: list[int] | None = None  # of all of the item's runs, with its last block
+    is_first: bool = False
+
+
+class _Stopped(Exception):
+    """The merging thread wants no more."""
+
+
+class Uploader:
+    """As `Reader`, with the bytes in a device's memory, in the order of its compute stream.
+
+    reader:   reads into pinned memory; its fence must be this device's copy-in stream.
+    capacity: bytes of the ring of device memory.
+    block:    bytes that are read and copied at a time, about.
+    """
+
+    def __init__(self, reader: Reader, device: Device, capacity: int, block: int) -> None:
+        self._reader, self._device, self._block = reader, device, block
+        self.sources = reader.sources
+        self.memory = device.allocate(capacity)
+        self.waited = 0.0  # seconds that the merging thread had nothing queued for it
+        self.ring = Ring(capacity, ALIGNMENT)
+        self._changed = threading.Condition()
+        self._freed: deque[Event] = deque()  # of the oldest regions, given back when they have come
+        self._stop = False
+
+    @property
+    def n_threads(self) -> int:
+        return self._reader.n_threads
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._reader.busy_seconds
+
+    def resize(self, capacity: int) -> None:
+        """Keep the memory: what a device has is taken once."""
+
+    def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
+        """Yield (item, device address of each of its runs) in order; see `Reader.sweep`.
+
+        `loads` is consumed by another thread.
+        """
+        filled: queue.SimpleQueue[tuple[T, list[int], Event] | BaseException | None]
+        filled = queue.SimpleQueue()
+        self._stop = False
+        thread = threading.Thread(target=self._run, args=(loads, filled), name="upload")
+        thread.start()
+        try:
+            while True:
+                start = time.perf_counter()
+                got = filled.get()
+                self.waited += time.perf_counter() - start
+                if got is None:
+                    break
+                if isinstance(got, BaseException):
+                    raise got
+                item, addresses, event = got
+                self._device.follow(Stream.COMPUTE, event)
+                yield item, addresses
+                freed = self._device.mark(Stream.COMPUTE)
+                with self._changed:
+                    self._freed.append(freed)
+                    self._changed.notify()
+        finally:
+            with self._changed:
+                self._stop = True
+                self._changed.notify()
+            thread.join()
+
+    # ---- in the uploading thread -----------------------------------------------------------------
+
+    def _run(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: queue.SimpleQueue) -> None:  # type: ignore[type-arg]
+        try:
+            self._upload(loads, filled)
+            filled.put(None)
+        except _Stopped:
+            pass
+        except BaseException as error:  # the merging thread raises it
+            filled.put(error)
+
+    def _upload(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: queue.SimpleQueue) -> None:  # type: ignore[type-arg]
+        at = 0
+        for block, sources in self._reader.sweep(self._blocks(loads)):
+            if block.is_first:
+                at = self.memory.address + self._take(block.size)
+            for target, source, n in _joined(block, at, sources):
+                self._device.copy(Stream.COPY_IN, target, source, n)
+            if block.item_offsets is not None:
+                addresses = [at + offset for offset in block.item_offsets]
+                filled.put((block.item, addresses, self._device.mark(Stream.COPY_IN)))
+            if self._stop:
+                raise _Stopped
+
+    def _take(self, size: int) -> int:
+        """Return the offset of a region; the copying stream waits for the kernels that still read it."""
+        while (at := self.ring.take(size)) is None:
+            with self._changed:
+                while not self._freed and not self._stop:
+                    self._changed.wait()
+                if self._stop:
+                    raise _Stopped
+                event = self._freed.popleft()
+            self._device.follow(Stream.COPY_IN, event)
+            self.ring.give_back()
+        return at
+
+    def _blocks(
+        self, loads: Iterable[tuple[T, Sequence[Run]]]
+    ) -> Iterator[tuple[_Block[T], list[Run]]]:
+        """Cut items into blocks, large runs where a direct read may end."""
+        for item, runs in loads:
+            block: _Block[T] = _Block(item, 0, [], [], is_first=True)
+            parts: list[Run] = []
+            starts, size, held = [], 0, 0
+            for file, first, n in runs:
+                for done, step in _steps(first, n, self._block):
+                    if held + step > self._block:
+                        block.size = sum(device_room(n) for _, _, n in runs)
+                        yield block, parts
+                        block, parts, held = _Block(item, 0, [], []), [], 0
+                    parts.append((file, first + done, step))
+                    block.offsets.append(size + done)
+                    block.lengths.append(step)
+                    held += step
+                starts.append(size)
+                size += device_room(n)
+            block.size, block.item_offsets = size, starts
+            yield block, parts
+
+    def close(self) -> None:
+        self._device.close()
+        self._reader.close()
+
+
+def _steps(first: int, n: int, block: int) -> Iterator[tuple[int, int]]:
+    """Cut n bytes at offset `first` of a file at multiples of `block`: (bytes before, bytes) of each part."""
+    done = 0
+    while True:
+        step = min(n - done, block - (first + done) % block)
+        yield done, step
+        done += step
+        if done >= n:
+            return
+
+
+def _joined(block: _Block[T], at: int, sources: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (target, source, bytes) of the copies of a block: neighbours on both sides take one copy."""
+    target = source = n = 0
+    for offset, address, length in zip(block.offsets, sources, block.lengths, strict=True):
+        moved = at + offset - target
+        if n and moved == address - source and 0 <= moved - n < ALIGNMENT:
+            n = moved + length
+            continue
+        if n:
+            yield target, source, n
+        target, source, n = at + offset, address, length
+    if n:
+        yield target, source, n
+
+
+__all__ = ["Uploader", "device_room"]
