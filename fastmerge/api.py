@@ -8,13 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmerge import forecast as _forecast
 from fastmerge import ops
-from fastmerge.backends import Chunk
+from fastmerge.backends import Chunk, Kernels
+from fastmerge.budget import DEVICE_SHARE
 from fastmerge.card import hub_id, model_card
+from fastmerge.cards import card_of
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
-from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
+from fastmerge.errors import (
+    ConflictError,
+    DeviceError,
+    DeviceMemoryError,
+    NonFiniteError,
+    RecipeError,
+)
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
@@ -23,13 +32,16 @@ from fastmerge.evaluate import (
     resolve_model,
     run_walks,
 )
+from fastmerge.forecast import Forecast
 from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
+from fastmerge.streaming.device import Device, TorchDevice
 from fastmerge.streaming.sources import Io
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
+from fastmerge.streaming.trace import Trace, write_chrome_trace
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -46,6 +58,9 @@ def plan(
     allow_missing: bool = False,
     strict: bool = False,
     seed: int = 0,
+    device: str | Device = "cpu",
+    max_vram: int | str | None = None,
+    max_pinned: int | str | None = None,
 ) -> Plan:
     """Decide everything about a merge from the recipe and the inputs' headers, without reading a weight.
 
@@ -55,11 +70,17 @@ def plan(
         max_memory: most bytes the process may hold; default 40 % of what is free.
         allow_missing: merge a tensor over the inputs that have it instead of calling it a conflict.
         strict: warnings about the recipe or the inputs become conflicts.
+        device: where the merge is to run: "cpu"; "cuda", "cuda:1", a GPU of this machine; "cuda:H100" and
+            the like, a card that need not be here (see `cards.CARDS`).
+        max_vram, max_pinned: most bytes on the device, default 90 % of what is free there, and of
+            page-locked host memory, default what keeps the link busy, at most 4 GiB.
     Returns:
         A `Plan`; `conflicts` lists what stops it, `as_dict()` is plain data.
     Raises:
         RecipeError, CheckpointError: the recipe or an input is wrong in itself.
+        DeviceError: there is no such device.
     """
+    pinned = None if max_pinned is None else parse_size(str(max_pinned))
     return make_plan(
         _recipe(recipe, strict),
         out_shard_size=parse_size(str(out_shard_size)),
@@ -67,14 +88,37 @@ def plan(
         allow_missing=allow_missing,
         strict=strict,
         seed=seed,
+        device=_device_memory(device, max_vram),
+        max_pinned=pinned,
     )
+
+
+def _device_memory(device: str | Device, max_vram: int | str | None) -> tuple[str, int] | None:
+    """Return the name of a device and the bytes of its memory to plan for; None for the host."""
+    most = None if max_vram is None else parse_size(str(max_vram))
+    if device == "cpu":
+        if most is not None:
+            raise RecipeError("max-vram is for merges on a device; give --device cuda as well")
+        return None
+    if isinstance(device, str):
+        card = card_of(device)
+        if card is not None:
+            return device, most or int(card.memory * DEVICE_SHARE)
+        device = TorchDevice(device)
+    free = int(device.free_bytes() * DEVICE_SHARE)
+    if most is not None and most > free:
+        raise DeviceMemoryError(
+            f"max-vram of {most >> 20} MiB is more than {device.name} has free, {free >> 20} MiB; "
+            "lower it or free the device"
+        )
+    return device.name, most or free
 
 
 def merge(
     recipe: RecipeLike,
     out: str | Path,
     *,
-    backend: str | None = None,
+    backend: str | Kernels | None = None,
     force: bool = False,
     resume: bool = False,
     out_shard_size: int | str = "5B",
@@ -89,6 +133,10 @@ def merge(
     io: Io | str = Io.AUTO,
     fsync: bool = True,
     chunk_elements: int | None = None,
+    device: str | Device = "cpu",
+    max_vram: int | str | None = None,
+    max_pinned: int | str | None = None,
+    trace: str | Path | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Report:
@@ -99,8 +147,9 @@ def merge(
     was killed can be finished.
 
     Args:
-        recipe, out_shard_size, max_memory, allow_missing, strict: see `plan`.
-        backend: force one backend; default: the best that can run.
+        recipe, out_shard_size, max_memory, allow_missing, strict, max_vram, max_pinned: see `plan`.
+        backend: force one backend, by name or its kernels; default: the best that can run.
+        device: "cpu"; "cuda" or "cuda:1"; "auto", a GPU if one can be used; or a `streaming.Device`.
         force: replace the model in a non-empty `out`; a killed merge there is started again.
         resume: finish the killed merge in `out`, of the same recipe, inputs and options; without one, start.
         seed: of the random drops; a draw depends on (seed, tensor, expert, element) alone.
@@ -110,6 +159,7 @@ def merge(
         fsync: wait for the disk before the folder becomes a model. Without, a power cut soon afterwards may
             leave wrong bytes; a killed process never does.
         chunk_elements: elements of one kernel call; results do not depend on it.
+        trace: file to write what ran when to, in Chrome's trace format.
         progress: called with (tensor name, bytes done, bytes in all).
         on_plan: called with the plan before work starts.
     Raises:
@@ -119,6 +169,7 @@ def merge(
     how = _io(io)
     watch = Stopwatch()
     started = time.perf_counter()
+    device = _usable(device)
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -126,10 +177,15 @@ def merge(
         allow_missing=allow_missing,
         strict=strict,
         seed=seed,
+        device=device,
+        max_vram=max_vram,
+        max_pinned=max_pinned,
     )
     decided.raise_conflicts()
     watch.add("planning", time.perf_counter() - started)
-    kernels = ops.choose("cpu", backend)
+    on_device = None if isinstance(device, str) else device
+    name = on_device.name if on_device else "cpu"
+    kernels = ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
     from fastmerge import _cpu
 
     _cpu.set_threads(threads)
@@ -158,8 +214,12 @@ def merge(
             io=how,
             chunk_elements=chunk_elements or kernels.chunk_elements,
             progress=progress,
+            device=on_device,
+            trace=Trace(recording=trace is not None),
         )
         report = engine.run()
+        if trace is not None:
+            write_chrome_trace(Path(trace), report.spans)
         report.resumed = folder.resumed
         with watch.time("finishing"):
             texts, copies = _companions(
@@ -171,6 +231,49 @@ def merge(
     report.stages = [first, *report.stages, last]
     report.warnings = decided.warnings + report.warnings
     return report
+
+
+def forecast(
+    plan: Plan,
+    device: str | Device,
+    *,
+    read_rate: int | str | None = None,
+    write_rate: int | str | None = None,
+) -> Forecast:
+    """Say how long a merge that was planned for a device takes, by stage, and what limits it.
+
+    Args:
+        device: what the plan was made for: a known card, whose nominal figures are taken, or one that is
+            here, whose link is measured.
+        read_rate, write_rate: bytes per second of the disks; by default the inputs' is measured where they
+            are, and the output's taken to be the same.
+    """
+    if read_rate is None:
+        read = _forecast.read_rate(plan), "measured here"
+    else:
+        read = float(parse_size(str(read_rate))), "given"
+    write = read[0], "taken to be as reading"
+    if write_rate is not None:
+        write = float(parse_size(str(write_rate))), "given"
+    card = card_of(device) if isinstance(device, str) else None
+    if card is not None:
+        return _forecast.forecast(plan, _forecast.card_rates(card, read, write))
+    opened = TorchDevice(device) if isinstance(device, str) else device
+    return _forecast.forecast(plan, _forecast.measured_rates(opened, read, write))
+
+
+def _usable(device: str | Device) -> str | Device:
+    """Return the device to merge on, opened; "cpu" for the host."""
+    if not isinstance(device, str) or device == "cpu":
+        return device
+    if device == "auto":
+        try:
+            return TorchDevice("cuda")
+        except DeviceError:
+            return "cpu"
+    if card_of(device) is not None:
+        raise DeviceError(f"device {device!r} is a card to plan for; merge on cuda or cuda:0")
+    return TorchDevice(device)
 
 
 def _io(io: Io | str) -> Io:
@@ -388,4 +491,4 @@ def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
     return buffers
 
 
-__all__ = ["merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]
+__all__ = ["forecast", "merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]

@@ -145,7 +145,7 @@ def fit_host(plan: Plan) -> None:
     most = max(len(j.operands) for j in plan.jobs)
     budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES
     scratch = {j.name: _scratch(plan, j) for j in plan.jobs}
-    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole}
+    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole and j.n}
     streamed = {name for name, size in whole.items() if size + scratch[name] > budget}
     plan.streamed = frozenset(streamed)
     held_scratch = max((n for name, n in scratch.items() if name not in streamed), default=0)
@@ -236,7 +236,7 @@ def _fit_device(plan: Plan, name: str, limit: int, item_bytes: int, block: int) 
     results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
     scratch = {j.name: _device_scratch(plan, j, j.n, item_bytes) for j in plan.jobs}
     budget = limit - results - DEVICE_SCRATCH_BYTES
-    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole}
+    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole and j.n}
     plan.streamed = frozenset(n for n, size in whole.items() if size + scratch[n] > budget)
     held = max((n for name, n in scratch.items() if name not in plan.streamed), default=0)
     sizes = [i.device_memory for i in work_items(plan.jobs, plan.streamed, item_bytes)]
@@ -299,3 +299,12 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int) -> int:
         sorts = drop.axis is not Axis.ROW or wide
         return experts * n * ((word + 8 + 8 + 4 + 4) if sorts else 8) + experts * n // 8
     return experts * n // 8 if drop is not None else 0
+
+
+def device_passes(plan: Plan, job: TensorJob) -> int:
+    """Return how often a device's kernels read a job's operands in its memory: a rank cut takes a pass per
+    digit of the key and one for ties, other statistics one; the walk one."""
+    request = _first_statistic(plan, job)
+    if isinstance(request, OrderStatistic):
+        return 5
+    return 1 if request is None else 2

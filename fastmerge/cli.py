@@ -18,6 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from fastmerge.engine import Report
+    from fastmerge.forecast import Forecast
     from fastmerge.planner import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +54,14 @@ def _planning_options(function: F) -> F:
         click.option("--allow-missing", is_flag=True, help="Merge a tensor over the inputs that have it."),
         click.option("--strict", is_flag=True, help="Treat warnings (unknown keys, ...) as errors."),
         click.option("--seed", "--random-seed", default=0, show_default=True, help="Seed of random drops."),
+        click.option("--device", metavar="NAME", default="cpu", show_default=True,
+                     help="Where to compute: cpu, cuda, cuda:1, auto (a GPU if there is one); plans also "
+                     "take a card, as in cuda:H100."),
+        click.option("--cuda", "device", flag_value="cuda", hidden=True),
+        click.option("--max-vram", metavar="SIZE",
+                     help="Most memory of the GPU to use.  [default: 90% of free]"),
+        click.option("--max-pinned", metavar="SIZE",
+                     help="Most page-locked memory to use with a GPU.  [default: what keeps its link busy]"),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
@@ -82,7 +91,6 @@ def _accept_no_ops(function: F) -> F:
 @click.argument("out", type=click.Path())
 @_planning_options
 @click.option("--backend", metavar="NAME", help="Force a backend; see `fastmerge backends`.")
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", help="Where to compute.")
 @click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
 @click.option("--resume", is_flag=True, help="Finish the killed merge in OUT.")
 @click.option("--nan-policy", type=click.Choice(["error", "propagate"]), default="error",
@@ -99,13 +107,18 @@ def _accept_no_ops(function: F) -> F:
     help="How bytes move: mapped or past the page cache, or through it.",
 )
 @click.option("--fsync/--no-fsync", default=True, help="Wait for the disk before finishing.")
-@click.option("--profile", is_flag=True, help="Print where the time went.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Print where the time went, and write what ran when to OUT.trace.json (Chrome's format).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_accept_no_ops
-def merge(config: str, out: str, device: str, quiet: bool, profile: bool, **options: Any) -> None:
+def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> None:
     """Merge the models that CONFIG (a mergekit YAML file) names into the folder OUT."""
     from fastmerge import api
 
+    trace = Path(os.path.normpath(out) + ".trace.json") if profile else None
     show = sys.stderr.isatty() and not quiet
     bar: Any = None
     shown: list[str] = []
@@ -129,7 +142,7 @@ def merge(config: str, out: str, device: str, quiet: bool, profile: bool, **opti
             bar.update(done - bar.n)
 
     try:
-        report = api.merge(config, out, progress=progress, on_plan=on_plan, **options)
+        report = api.merge(config, out, trace=trace, progress=progress, on_plan=on_plan, **options)
     except KeyboardInterrupt:
         click.echo(_interrupted(out), err=True)
         sys.exit(130)
@@ -146,7 +159,7 @@ def merge(config: str, out: str, device: str, quiet: bool, profile: bool, **opti
     if profile:
         from fastmerge.streaming.stopwatch import table
 
-        click.echo(table(report.stages), err=True)
+        click.echo(f"{table(report.stages)}\ntrace: {trace}", err=True)
 
 
 @main.command()
@@ -167,16 +180,33 @@ def verify(out: str, sample: int, seed: int) -> None:
 @main.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @_planning_options
+@click.option(
+    "--read-rate", metavar="SIZE", help="Bytes per second of the disk read.  [default: measured]"
+)
+@click.option(
+    "--write-rate", metavar="SIZE", help="Of the disk written to.  [default: as the other]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan_command(config: str, as_json: bool, **options: Any) -> None:
-    """Say what a merge would read and write, what it needs, and what stops it; exit 2 on a conflict."""
+def plan_command(
+    config: str, as_json: bool, read_rate: str | None, write_rate: str | None, **options: Any
+) -> None:
+    """Say what a merge would read and write, what it needs, and what stops it; exit 2 on a conflict.
+
+    For a device also how long each stage takes, and which one limits it.
+    """
     from fastmerge import api
 
     plan = api.plan(config, **options)
+    time = None
+    if plan.device is not None and not plan.conflicts:
+        time = api.forecast(plan, options["device"], read_rate=read_rate, write_rate=write_rate)
     if as_json:
-        click.echo(json.dumps(plan.as_dict(), indent=2))
+        forecast = {"forecast": time.as_dict()} if time else {}
+        click.echo(json.dumps({**plan.as_dict(), **forecast}, indent=2))
     else:
         click.echo(_plan_text(plan))
+        if time:
+            click.echo(_forecast_text(time))
     if plan.conflicts:
         sys.exit(2)
 
@@ -309,6 +339,22 @@ def _resumed(report: Report) -> str:
     return f"resumed: {_size(report.bytes_kept)} were there already"
 
 
+def _forecast_text(time: Forecast) -> str:
+    """Return a table of the stages, and the one that decides."""
+    lines = [f"\n{'stage':<10}{'moves':>10}{'at':>12}{'takes':>10}  rate"]
+    for stage in time.stages:
+        mark = "  <- the limit" if stage is time.limit else ""
+        lines.append(
+            f"{stage.name:<10}{_size(stage.n_bytes):>10}{_size(stage.rate) + '/s':>12}"
+            f"{stage.seconds:>8.2f} s  {stage.origin}{mark}"
+        )
+    lines.append(
+        f"about {time.seconds:.1f} s, all stages overlapped: {time.limit.name} limits it "
+        f"(modelled; the first item takes {time.fill:.2f} s to come through)"
+    )
+    return "\n".join(lines)
+
+
 def _plan_text(plan: Plan) -> str:
     data = plan.as_dict()
     n_shards = len(data["shards"])
@@ -328,6 +374,19 @@ def _plan_text(plan: Plan) -> str:
         ("peak memory", f"about {_size(data['peak_memory'])}"),
         ("disk", _size(data["disk"])),
     ]
+    if plan.device is not None:
+        budget = plan.device
+        held = f"{_size(budget.operands)} operands, {_size(budget.results)} results, " + (
+            f"{_size(budget.scratch)} kernels"
+        )
+        rows += [
+            ("device", budget.name),
+            ("VRAM", f"{_size(budget.total)} of {_size(budget.limit)} ({held})"),
+            ("pinned", f"{_size(budget.pinned)} of host memory, blocks of {_size(budget.block)}"),
+        ]
+        if plan.streamed:
+            names = ", ".join(sorted(plan.streamed)[:3])
+            rows.append(("streamed", f"{len(plan.streamed)} too large for the device: {names}"))
     lines = [f"{name:<12} {value}" for name, value in rows]
     lines += [f"warning: {w}" for w in data["warnings"]]
     lines += [f"conflict: {c}" for c in data["conflicts"]]

@@ -51,7 +51,7 @@ from fastmerge.streaming.ring import (
 )
 from fastmerge.streaming.sources import Io, Sources
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
-from fastmerge.streaming.trace import busy_seconds
+from fastmerge.streaming.trace import Span, Trace, busy_seconds
 from fastmerge.streaming.upload import Uploader
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
@@ -63,7 +63,8 @@ class Report:
     """What a finished merge did. seconds is wall time of the engine; warnings are for the user.
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
-    io: how the inputs were read; stages: where the time went, see `stopwatch.table`.
+    io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
+    that was to be recorded.
     """
 
     n_tensors: int = 0
@@ -75,6 +76,7 @@ class Report:
     backend: str = ""
     io: str = ""
     stages: list[Stage] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -121,6 +123,7 @@ class Engine:
         device: Device | None = None,
         walks: Mapping[str, Walk | Copy] | None = None,
         disks: Callable[[bool], Transfers] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
         self.only = only
@@ -128,7 +131,8 @@ class Engine:
         self.chunk_elements = chunk_elements
         self.progress = progress
         self.report = Report(backend=kernels.name)
-        self.watch = Stopwatch()
+        self.trace = trace or Trace(recording=False)
+        self.watch = Stopwatch(self.trace)
         self.walks: dict[str, Walk | Copy] = dict(walks or {})
         self.device, self._disks = device, disks
         self._passed = 0  # bytes that need no reading
@@ -151,6 +155,7 @@ class Engine:
         self.report.seconds = time.perf_counter() - start
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
+        self.report.spans = [*self.trace.spans, *(self.device.spans() if self.device else ())]
         return self.report
 
     def _open(self) -> None:
@@ -160,18 +165,28 @@ class Engine:
         sources = Sources(sorted(files), self.io, may_map=device is None)
         reads, writes = (self._disks(w) for w in (False, True)) if self._disks else (None, None)
         self._pinned: list[int] = []
+        trace = self.trace
         if device is None or budget is None:
-            self.reader: Reader | Uploader = Reader(sources, plan.operand_bytes, transfers=reads)
-            self.writer: Writer | Downloader = Writer(plan.result_bytes, transfers=writes)
+            self.reader: Reader | Uploader = Reader(
+                sources, plan.operand_bytes, transfers=reads, trace=trace
+            )
+            self.writer: Writer | Downloader = Writer(
+                plan.result_bytes, transfers=writes, trace=trace
+            )
             return
 
         def copied() -> Event:
             return device.mark(Stream.COPY_IN)
 
         reader = Reader(
-            sources, budget.pinned_in, n_threads=FEEDING_THREADS, transfers=reads, fence=copied
+            sources,
+            budget.pinned_in,
+            n_threads=FEEDING_THREADS,
+            transfers=reads,
+            fence=copied,
+            trace=trace,
         )
-        writer = Writer(budget.pinned_out, transfers=writes)
+        writer = Writer(budget.pinned_out, transfers=writes, trace=trace)
         try:
             for ring in (reader.ring, writer.ring):
                 if device.pin(ring.address, ring.capacity):

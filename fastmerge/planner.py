@@ -100,10 +100,10 @@ class Plan:
         return PROCESS_BYTES + self.result_bytes + self.working_bytes + most * EDGE_BYTES
 
     def extra_passes(self, job: TensorJob) -> int:
-        """Reads of a job's operands before its walk, as planned: a rank cut takes two (a bracket that
-        misses costs more), other statistics one."""
+        """Reads of a job's operands before its walk, as planned: on the host a rank cut takes two (a bracket
+        that misses costs more), other statistics one; a device keeps a cut's candidates of one pass."""
         if job.scope is Scope.MODEL or job.name in self.streamed:
-            return 3
+            return 1 if self.device else 3
         return 0
 
     def raise_conflicts(self) -> None:

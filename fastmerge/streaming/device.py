@@ -165,7 +165,7 @@ class HostDevice:
 
 
 class _TorchEvent:
-    def __init__(self, device: TorchDevice, event: torch.cuda.Event) -> None:
+    def __init__(self, device: TorchDevice, event: Any) -> None:
         self._device, self.event = device, event
 
     def wait(self) -> None:
@@ -184,23 +184,17 @@ class TorchDevice:
     """
 
     def __init__(self, name: str, timed: bool = False) -> None:
-        import torch
-
+        torch: Any = importlib.import_module("torch")  # its device functions are not typed
         self._torch = torch
-        try:
-            index = torch.device(name).index
-            self._device = torch.device(
-                "cuda", torch.cuda.current_device() if index is None else index
-            )
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"{name} cannot be used: {_line(error)}") from None
-        if self._device.index >= torch.cuda.device_count():
-            n = torch.cuda.device_count()
-            raise DeviceError(
-                f"{name} does not exist; this machine has {n} (cuda:0 to cuda:{n - 1})"
-            )
-        self.name = str(self._device)
+        n = torch.cuda.device_count()
+        if not n:
+            raise DeviceError(f"{name} cannot be used: torch finds no GPU; merge with --device cpu")
+        index = torch.device(name).index or 0
+        if index >= n:
+            known = "cuda:0 only" if n == 1 else f"cuda:0 to cuda:{n - 1}"
+            raise DeviceError(f"{name} does not exist; this machine has {known}")
+        self._device = torch.device("cuda", index)
+        self.name = f"cuda:{index}"
         with torch.cuda.device(self._device):
             self._streams = [torch.cuda.Stream(self._device) for _ in Stream]
             self._timed = timed
@@ -263,7 +257,8 @@ class TorchDevice:
         for runs in (self._held, self._host):
             for first, run in runs.items():
                 if first <= address and address + n <= first + run.numel():
-                    return run[address - first : address - first + n]
+                    part: torch.Tensor = run[address - first : address - first + n]
+                    return part
         raise DeviceError(f"address {address:#x} is neither pinned nor on {self.name}")
 
     def _time(self, queue: Any) -> Any:

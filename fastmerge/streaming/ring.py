@@ -20,6 +20,7 @@ from fastmerge import _cpu
 from fastmerge.errors import CheckpointError, ReadError
 from fastmerge.streaming.device import Event, Memory
 from fastmerge.streaming.sources import Source, Sources, truncated
+from fastmerge.streaming.trace import Lane, Trace
 
 T = TypeVar("T")
 
@@ -106,6 +107,7 @@ class Region:
     addresses: list[int]
     runs: list[tuple[Source, int, int]]
     ticket: int
+    started: float
 
 
 class Transfers(Protocol):
@@ -136,6 +138,7 @@ class Reader:
         n_threads: int | None = None,
         transfers: Transfers | None = None,
         fence: Callable[[], Event] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.sources = sources
         self.memory = Memory(0, 0)  # operands lie all over the host's memory
@@ -143,6 +146,7 @@ class Reader:
         self.ring = HostRing(capacity)
         self.n_threads = n_threads or (MAPPING_THREADS if sources.mapped else READING_THREADS)
         self._fence = fence
+        self._lane = Lane(trace, "read")
         self._used: deque[Event] = (
             deque()
         )  # of the oldest regions, whose bytes are still being copied
@@ -172,6 +176,7 @@ class Reader:
             start = time.perf_counter()
             error = self._transfers.wait(region.ticket)[0]
             self.waited += time.perf_counter() - start
+            self._lane.moved(region.started, sum(n for _, _, n in region.runs))
             if error is not None:
                 raise self._error(error, region)
             yield item, region.addresses
@@ -217,7 +222,8 @@ class Reader:
                 at = -(-(address + n) // ALIGNMENT) * ALIGNMENT
                 segments.append((source.fd, source.direct_fd, offset, n, address))
             addresses.append(address)
-        return Region(addresses, opened, self._transfers.submit(segments))
+        ticket = self._transfers.submit(segments)
+        return Region(addresses, opened, ticket, time.perf_counter())
 
     def _error(self, error: tuple[int, int, int], region: Region) -> Exception:
         code, fd, offset = error
@@ -245,6 +251,7 @@ class _Pending:
     ticket: int
     place: Place
     written: Written | None
+    started: float
 
 
 @dataclass
@@ -263,12 +270,15 @@ class Place:
 class Writer:
     """Writes results behind the kernels."""
 
-    def __init__(self, capacity: int, *, transfers: Transfers | None = None) -> None:
+    def __init__(
+        self, capacity: int, *, transfers: Transfers | None = None, trace: Trace | None = None
+    ) -> None:
         self.memory = Memory(0, 0)
         self.waited = 0.0  # seconds
         self.ring = HostRing(capacity)
         self._transfers = transfers or _cpu.Transfers(True, WRITING_THREADS)
         self._pending: deque[_Pending] = deque()
+        self._lane = Lane(trace, "write")
 
     def reserve(self, place: Place) -> int:
         """Return the address to put a result at; waits for earlier ones to be written if need be."""
@@ -289,7 +299,7 @@ class Writer:
             check()
         segment = (place.fd, place.direct_fd, place.offset, place.n, address)
         ticket = self._transfers.submit([segment], [(place.word, place.start)])
-        self._pending.append(_Pending(ticket, place, written))
+        self._pending.append(_Pending(ticket, place, written, time.perf_counter()))
 
     def drain(self) -> None:
         """Wait until everything queued is written."""
@@ -301,6 +311,7 @@ class Writer:
         start = time.perf_counter()
         error, sums = self._transfers.wait(pending.ticket)
         self.waited += time.perf_counter() - start
+        self._lane.moved(pending.started, pending.place.n)
         if error is not None:
             raise _write_error(*error)
         self._pending.popleft()

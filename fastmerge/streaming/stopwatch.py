@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fastmerge.streaming.trace import Span, Trace
+
 
 @dataclass
 class Stage:
@@ -25,8 +27,9 @@ class Stage:
 class Stopwatch:
     """Seconds by name. Stages do not nest: an inner one's seconds would count twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._trace = trace or Trace(recording=False)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -34,7 +37,9 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - start)
+            end = time.perf_counter()
+            self.add(name, end - start)
+            self._trace.add(Span("merging", name, start, end))
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
