@@ -173,25 +173,17 @@ def fit_host(plan: Plan) -> None:
 # ---- on a device -----------------------------------------------------------------------------------
 
 
-def fit_device(plan: Plan, name: str, limit: int, max_pinned: int | None = None) -> None:
+def fit_device(
+    plan: Plan, name: str, limit: int, max_pinned: int | None = None, block: int | None = None
+) -> None:
     """Choose the rings of a device with `limit` bytes for us, and of pinned memory; see `fit_host`.
 
     Two groups of operands are in flight, one filling while the kernels read the other. A tensor whose group
-    does not fit is streamed.
+    does not fit is streamed. block: of rings of pinned memory that exist already.
     """
     if not plan.jobs:
         return
-    room_pinned = plan.max_memory - DEVICE_PROCESS_BYTES
-    if max_pinned is None:
-        pinned = min(PINNED_BYTES, room_pinned)
-    else:
-        pinned = max_pinned
-        if pinned > room_pinned:
-            raise RecipeError(
-                f"max-pinned of {pinned // MIB} MiB and {DEVICE_PROCESS_BYTES // MIB} MiB for the process "
-                f"are more than max-memory, {plan.max_memory // MIB} MiB; lower one or raise the other"
-            )
-    block = _block(plan, pinned)
+    block = block or _block(plan, _pinned(plan, max_pinned))
     item = DEVICE_ITEM_BYTES
     while (needed := _fit_device(plan, name, limit, item, block)) > limit and item > MIB:
         item //= 2
@@ -200,6 +192,19 @@ def fit_device(plan: Plan, name: str, limit: int, max_pinned: int | None = None)
             f"max-vram of {limit // MIB} MiB is too little for this merge; "
             f"give at least {-(-needed // MIB)} MiB"
         )
+
+
+def _pinned(plan: Plan, most: int | None) -> int:
+    """Return the pinned memory to use at most."""
+    left = plan.max_memory - DEVICE_PROCESS_BYTES
+    if most is None:
+        return min(PINNED_BYTES, left)
+    if most > left:
+        raise RecipeError(
+            f"max-pinned of {most // MIB} MiB and {DEVICE_PROCESS_BYTES // MIB} MiB for the process "
+            f"are more than max-memory, {plan.max_memory // MIB} MiB; lower one or raise the other"
+        )
+    return most
 
 
 def _block(plan: Plan, pinned: int) -> int:
@@ -236,7 +241,9 @@ def _fit_device(plan: Plan, name: str, limit: int, item_bytes: int, block: int) 
     results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
     scratch = {j.name: _device_scratch(plan, j, j.n, item_bytes) for j in plan.jobs}
     budget = limit - results - DEVICE_SCRATCH_BYTES
-    whole = {j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole and j.n}
+    whole = {
+        j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole and j.n
+    }
     plan.streamed = frozenset(n for n, size in whole.items() if size + scratch[n] > budget)
     held = max((n for name, n in scratch.items() if name not in plan.streamed), default=0)
     sizes = [i.device_memory for i in work_items(plan.jobs, plan.streamed, item_bytes)]

@@ -20,10 +20,11 @@ from typing import Protocol
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
 from fastmerge.backends.memory import copy_bytes, same_bytes
+from fastmerge.budget import DeviceBudget, fit_device
 from fastmerge.checkpoint import Journal, word_bytes
 from fastmerge.checkpoint.files import opened, read_at
 from fastmerge.dtypes import DType
-from fastmerge.errors import ConflictError, NonFiniteError
+from fastmerge.errors import ConflictError, DeviceMemoryError, NonFiniteError, RecipeError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
@@ -196,13 +197,32 @@ class Engine:
                         f"{ring.capacity >> 20} MiB of host memory could not be locked; copies to "
                         f"{device.name} are slower (raise the limit: ulimit -l, or lower --max-pinned)"
                     )
-            self.reader = Uploader(reader, device, budget.operands, budget.block)
-            self.writer = Downloader(writer, device, budget.results, budget.block)
+            operands, results = self._device_memory(device, budget)
         except BaseException:
             writer.close()
             reader.close()
             self._unpin()
             raise
+        self.reader = Uploader(reader, device, operands, budget.block)
+        self.writer = Downloader(writer, device, results, budget.block)
+
+    def _device_memory(self, device: Device, budget: DeviceBudget) -> tuple[Memory, Memory]:
+        """Take the memory for operands and results; with less, where another process was quicker."""
+        while True:
+            operands = None
+            try:
+                operands = device.allocate(budget.operands)
+                return operands, device.allocate(budget.results)
+            except DeviceMemoryError as error:
+                if operands is not None:
+                    device.release(operands)
+                try:
+                    fit_device(self.plan, budget.name, budget.limit // 2, block=budget.block)
+                except RecipeError:
+                    raise error from None
+                assert self.plan.device is not None
+                budget = self.plan.device
+                self.report.warnings.append(f"{error}; going on with {budget.limit >> 20} MiB")
 
     def _unpin(self) -> None:
         for address in self._pinned:

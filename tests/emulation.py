@@ -344,8 +344,23 @@ def philox() -> None:
         assert tuple(held[:4].tolist()) == want
 
 
+def merging() -> None:
+    """Whole merges of files through the device pipeline, one of them interrupted and resumed."""
+    import tempfile
+
+    import device_merges
+
+    from fastmerge.streaming.device import HostDevice
+
+    with tempfile.TemporaryDirectory() as name:
+        device_merges.write_sharded_family(Path(name))
+        for method in device_merges.METHODS:
+            device_merges.check_merge(Path(name), method, kernels(), HostDevice())
+
+
 PARTS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (walks, fused, statistics, selection, sums, ranks, methods, philox)
+    f.__name__: f
+    for f in (walks, fused, statistics, selection, sums, ranks, methods, philox, merging)
 }
 
 

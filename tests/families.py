@@ -65,11 +65,40 @@ def llama_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_model(
-    folder: Path, state: dict[str, torch.Tensor], config: dict[str, object] | None = None
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    config: dict[str, object] | None = None,
+    shards: int = 1,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config or LLAMA))
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(state)
+    files = {}
+    for s in range(shards):
+        file = f"model-{s + 1:05}-of-{shards:05}.safetensors"
+        held = {name: state[name] for name in names[s::shards]}
+        save_file(held, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(held, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def family(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, n_experts: int = 3
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return base, e1, e2, ...: experts are the base plus noise a tenth of its size."""
+    generator = torch.Generator().manual_seed(7)
+    base = {k: torch.randn(s, generator=generator) * 0.1 for k, s in shapes.items()}
+    models = {"base": {k: v.to(dtype) for k, v in base.items()}}
+    for e in range(1, n_experts + 1):
+        models[f"e{e}"] = {
+            k: (v + 0.01 * torch.randn(v.shape, generator=generator)).to(dtype)
+            for k, v in base.items()
+        }
+    return models
 
 
 def write_family(
@@ -79,16 +108,9 @@ def write_family(
     n_experts: int = 3,
     config: dict[str, object] | None = None,
 ) -> None:
-    """Write base, e1, e2, ...: experts are the base plus noise a tenth of its size."""
-    generator = torch.Generator().manual_seed(7)
-    base = {k: torch.randn(s, generator=generator) * 0.1 for k, s in shapes.items()}
-    write_model(root / "base", {k: v.to(dtype) for k, v in base.items()}, config)
-    for e in range(1, n_experts + 1):
-        state = {
-            k: (v + 0.01 * torch.randn(v.shape, generator=generator)).to(dtype)
-            for k, v in base.items()
-        }
-        write_model(root / f"e{e}", state, config)
+    """Write the models of `family` into folders of their names."""
+    for name, state in family(shapes, dtype, n_experts).items():
+        write_model(root / name, state, config)
 
 
 def recipe(method: str, extra: str = "", dtype: str = "") -> str:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from click.testing import CliRunner
 
 import fastmerge
-from fastmerge import ops
 from fastmerge.backends import Kernels
-from fastmerge.cli import main
-from fastmerge.errors import DeviceError, RecipeError
 from fastmerge.streaming.device import HostDevice
 
 MIB = 1 << 20

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import agreement
 import cases
+import device_merges
 import families
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from fastmerge.stages import (
     Transform,
     Walk,
 )
+from fastmerge.streaming.device import HostDevice
 
 pytestmark = pytest.mark.skipif(backend.why_not() is not None, reason=str(backend.why_not()))
 
@@ -381,3 +383,15 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_the_package_does_not_import_triton() -> None:
     code = "import sys, fastmerge.ops, fastmerge.backends.triton; print('triton' in sys.modules)"
     assert _python(code, TRITON_INTERPRET="1") == "False"
+
+
+@pytest.fixture(scope="module")
+def sharded_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    device_merges.write_sharded_family(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", device_merges.METHODS)
+def test_files_merge_to_the_cpu_backends_bytes(sharded_family: Path, method: str) -> None:
+    device_merges.check_merge(sharded_family, method, "triton", HostDevice())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def _value(line: bytes) -> Any:
 
 
 class Journal:
-    """A journal that is being written, and what its parts prove."""
+    """A journal that is being written, and what its parts prove. Threads may add while others ask."""
 
     def __init__(
         self, folder: Path, binding: Binding, found: Record | None, sync: bool = True
@@ -99,6 +100,7 @@ class Journal:
         self._sync = sync
         self._parts: dict[str, dict[int, tuple[int, int]]] = {}  # tensor -> start -> (bytes, sum)
         self._found: set[str] = set()  # tensors of which a killed run had written a part
+        self._lock = threading.RLock()
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         if found is None:
             self._fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
@@ -128,11 +130,12 @@ class Journal:
 
     def add(self, parts: list[tuple[str, int, int, int]]) -> None:
         """Note parts (tensor, first byte, bytes, checksum) whose bytes are in the file."""
-        for name, start, n, checksum in parts:
-            self._parts.setdefault(name, {})[start] = (n, checksum)
         lines = b"".join(_line([*p[:3], f"{p[3]:016x}"]) for p in parts)
-        with disk_errors(self.path, len(lines)):
-            write_all(self._fd, lines)
+        with self._lock:
+            for name, start, n, checksum in parts:
+                self._parts.setdefault(name, {})[start] = (n, checksum)
+            with disk_errors(self.path, len(lines)):
+                write_all(self._fd, lines)
 
     def add_names(self, **names: list[str]) -> None:
         """Note `files`, or `commit` and `aside`; on disk before the files move."""
@@ -146,7 +149,9 @@ class Journal:
         if name not in self._found:
             return n <= 0
         at, end = start, start + n
-        for first, (size, _) in sorted(self._parts.get(name, {}).items()):
+        with self._lock:
+            parts = sorted(self._parts.get(name, {}).items())
+        for first, (size, _) in parts:
             if first > at:
                 break
             at = max(at, first + size)

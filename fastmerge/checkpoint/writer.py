@@ -48,7 +48,10 @@ from fastmerge.checkpoint.journal import (
 from fastmerge.checkpoint.layout import Layout
 from fastmerge.checkpoint.swap import aside, put_back, undo_swap
 from fastmerge.checkpoint.wording import is_inside, place, shown
-from fastmerge.errors import CheckpointError, ReadError
+from fastmerge.errors import CheckpointError, DeviceError, ReadError
+
+#: Errors of a machine, not of what was asked for: another try may do, so what is written stays.
+KEPT = (ReadError, DeviceError)
 
 #: Reads in flight while what a killed merge wrote is checked.
 CHECKING_THREADS = 4
@@ -260,8 +263,8 @@ class OutputFolder:
             self._leave(error)
         if full is not None:
             raise full from error
-        if isinstance(error, ReadError) and self.journal is not None:
-            raise ReadError(f"{error}; what is merged is kept, --resume goes on") from error
+        if isinstance(error, KEPT) and self.journal is not None:
+            raise type(error)(f"{error}; what is merged is kept, --resume goes on") from error
 
     def _partial(self, name: str) -> Path:
         return self.path / (name + PARTIAL)
@@ -382,7 +385,7 @@ class OutputFolder:
     def _leave(self, error: BaseException | None) -> None:
         """Leave without a commit. What can be gone on with stays, else nothing does."""
         put_back(self._renamed, self._set_aside)
-        if self.journal is not None and isinstance(error, KeyboardInterrupt | ReadError):
+        if self.journal is not None and isinstance(error, (KeyboardInterrupt, *KEPT)):
             self._close()
             return
         # Errors pass silently: another is on its way.

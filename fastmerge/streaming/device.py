@@ -77,6 +77,10 @@ class Device(Protocol):
         """Take device memory, aligned to 512 bytes. Raises DeviceMemoryError if there is not enough."""
         ...
 
+    def release(self, memory: Memory) -> None:
+        """Give back what `allocate` took; nothing queued may use it."""
+        ...
+
     def pin(self, address: int, n_bytes: int) -> bool:
         """Lock pages of host memory, so that copies need no host; False: it cannot be done."""
         ...
@@ -135,6 +139,9 @@ class HostDevice:
 
         arena = _cpu.Arena(n_bytes)
         return Memory(arena.address, n_bytes, owner=arena)
+
+    def release(self, memory: Memory) -> None:
+        pass
 
     def pin(self, address: int, n_bytes: int) -> bool:
         return True
@@ -230,6 +237,9 @@ class TorchDevice:
             held = torch.empty(max(n_bytes, 1), dtype=torch.uint8, device=self._device)
         self._held[held.data_ptr()] = held
         return Memory(held.data_ptr(), n_bytes, self.name, held)
+
+    def release(self, memory: Memory) -> None:
+        self._held.pop(memory.address, None)
 
     def pin(self, address: int, n_bytes: int) -> bool:
         memory = (ctypes.c_uint8 * n_bytes).from_address(address)

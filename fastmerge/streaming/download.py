@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-from fastmerge.streaming.device import Device, Event, Stream
+from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.ring import ALIGNMENT, Check, Place, Ring, Writer, Written
 
 #: Copies in flight: while one ends and is handed on, the next one runs.
@@ -45,14 +45,14 @@ class _Stopped(Exception):
 class Downloader:
     """As `Writer`, for results in a device's memory.
 
-    capacity: bytes of the ring of device memory; block: most bytes of one copy.
+    memory: of the device, for the ring. block: most bytes of one copy.
     """
 
-    def __init__(self, writer: Writer, device: Device, capacity: int, block: int) -> None:
+    def __init__(self, writer: Writer, device: Device, memory: Memory, block: int) -> None:
         self._writer, self._device, self._block = writer, device, block
-        self.memory = device.allocate(capacity)
+        self.memory = memory
         self.waited = 0.0  # seconds that the merging thread waited for room
-        self.ring = Ring(capacity, ALIGNMENT)
+        self.ring = Ring(memory.n_bytes, ALIGNMENT)
         self._changed = threading.Condition()
         self._queue: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -101,6 +101,7 @@ class Downloader:
         self._queue.put(None)
         self._thread.join()
         self._device.close()
+        self._device.release(self.memory)
         self._writer.close()
 
     # ---- in the downloading thread ---------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from fastmerge.streaming.device import Device, Event, Stream
+from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.ring import ALIGNMENT, Reader, Ring, Run
 
 T = TypeVar("T")
@@ -45,17 +45,17 @@ class _Stopped(Exception):
 class Uploader:
     """As `Reader`, with the bytes in a device's memory, in the order of its compute stream.
 
-    reader:   reads into pinned memory; its fence must be this device's copy-in stream.
-    capacity: bytes of the ring of device memory.
-    block:    bytes that are read and copied at a time, about.
+    reader: reads into pinned memory; its fence must be this device's copy-in stream.
+    memory: of the device, for the ring.
+    block:  bytes that are read and copied at a time, about.
     """
 
-    def __init__(self, reader: Reader, device: Device, capacity: int, block: int) -> None:
+    def __init__(self, reader: Reader, device: Device, memory: Memory, block: int) -> None:
         self._reader, self._device, self._block = reader, device, block
         self.sources = reader.sources
-        self.memory = device.allocate(capacity)
+        self.memory = memory
         self.waited = 0.0  # seconds that the merging thread had nothing queued for it
-        self.ring = Ring(capacity, ALIGNMENT)
+        self.ring = Ring(memory.n_bytes, ALIGNMENT)
         self._changed = threading.Condition()
         self._freed: deque[Event] = deque()  # of the oldest regions, given back when they have come
         self._stop = False
@@ -165,6 +165,7 @@ class Uploader:
 
     def close(self) -> None:
         self._device.close()
+        self._device.release(self.memory)
         self._reader.close()
 
 
