@@ -187,6 +187,8 @@ def fit_device(
     item = DEVICE_ITEM_BYTES
     while (needed := _fit_device(plan, name, limit, item, block)) > limit and item > MIB:
         item //= 2
+    if needed > limit:  # what is held whole may keep too little for what is streamed
+        needed = _fit_device(plan, name, limit, item, block, hold=False)
     if needed > limit:
         raise RecipeError(
             f"max-vram of {limit // MIB} MiB is too little for this merge; "
@@ -228,8 +230,13 @@ def _edges(plan: Plan, block: int) -> int:
     return most * ALIGNMENT + min(most, block // DIRECT_LEAST + 1) * BLOCK
 
 
-def _fit_device(plan: Plan, name: str, limit: int, item_bytes: int, block: int) -> int:
-    """Set the plan's budget for work items of a size; return the bytes needed at least."""
+def _fit_device(
+    plan: Plan, name: str, limit: int, item_bytes: int, block: int, hold: bool = True
+) -> int:
+    """Set the plan's budget for work items of a size; return the bytes needed at least.
+
+    hold: whether tensors that fit are held whole.
+    """
     plan.item_bytes = item_bytes
     results = 0
     for job in plan.jobs:
@@ -239,27 +246,28 @@ def _fit_device(plan: Plan, name: str, limit: int, item_bytes: int, block: int) 
             behind = 2 if part.bytes_in > item_bytes else WRITE_BEHIND
             results = max(results, behind * (most + ITEM_TENSORS * ALIGNMENT))
     results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
-    scratch = {j.name: _device_scratch(plan, j, j.n, item_bytes) for j in plan.jobs}
+    scratch = {j.name: _device_scratch(plan, j, j.n, item_bytes) for j in plan.jobs if j.n}
     budget = limit - results - DEVICE_SCRATCH_BYTES
     whole = {
         j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole and j.n
     }
-    plan.streamed = frozenset(n for n, size in whole.items() if size + scratch[n] > budget)
-    held = max((n for name, n in scratch.items() if name not in plan.streamed), default=0)
+    pieces = {j.name: next(split(j, item_bytes)) for j in plan.jobs if j.name in whole}
+    late = {n: _device_scratch(plan, p.job, p.n, item_bytes) for n, p in pieces.items()}
+    plan.streamed, held = frozenset() if hold else frozenset(whole), 0
+    while True:  # what is streamed frees scratch memory of what is held, and takes some itself
+        held = max((late[n] if n in plan.streamed else s for n, s in scratch.items()), default=0)
+        more = {n for n, size in whole.items() if size + held > budget} | plan.streamed
+        if more == plan.streamed:
+            break
+        # The one with most scratch first: without it, others may fit.
+        plan.streamed |= {max(more - plan.streamed, key=lambda n: (scratch[n] + whole[n], n))}
     sizes = [i.device_memory for i in work_items(plan.jobs, plan.streamed, item_bytes)]
     pair = max((a + b for a, b in pairwise(sizes)), default=0)
     wanted = max(pair, 3 * _usual(sizes))
     largest = max(sizes, default=0)
     if plan.streamed:
-        late = [j for j in plan.jobs if j.name in plan.streamed]
-        pieces = [next(split(j, item_bytes)) for j in late]
-        piece = max(WorkItem((p,)).device_memory for p in pieces)
-        late_scratch = max(_device_scratch(plan, p.job, p.n, item_bytes) for p in pieces)
-        held, largest, wanted = (
-            max(held, late_scratch),
-            max(largest, 2 * piece),
-            max(wanted, 3 * piece),
-        )
+        piece = max(WorkItem((pieces[n],)).device_memory for n in plan.streamed)
+        largest, wanted = max(largest, 2 * piece), max(wanted, 3 * piece)
     operands = max(largest, min(budget - held, wanted))
     too_large = [j.name for j in plan.jobs if j.scope is Scope.WHOLE and j.name in plan.streamed]
     most = max([largest + held, *(whole[n] + scratch[n] for n in too_large)])
