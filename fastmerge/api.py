@@ -11,7 +11,7 @@ from typing import Any
 from fastmerge import forecast as _forecast
 from fastmerge import ops
 from fastmerge.backends import Chunk, Kernels
-from fastmerge.budget import DEVICE_SHARE
+from fastmerge.budget import DEVICE_SHARE, Target
 from fastmerge.card import hub_id, model_card
 from fastmerge.cards import card_of
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
@@ -61,6 +61,7 @@ def plan(
     device: str | Device = "cpu",
     max_vram: int | str | None = None,
     max_pinned: int | str | None = None,
+    backend: str = "cuda",
 ) -> Plan:
     """Decide everything about a merge from the recipe and the inputs' headers, without reading a weight.
 
@@ -74,6 +75,7 @@ def plan(
             the like, a card that need not be here (see `cards.CARDS`).
         max_vram, max_pinned: most bytes on the device, default 90 % of what is free there, and of
             page-locked host memory, default what keeps the link busy, at most 4 GiB.
+        backend: that runs there; they differ in the memory that they want.
     Returns:
         A `Plan`; `conflicts` lists what stops it, `as_dict()` is plain data.
     Raises:
@@ -88,13 +90,13 @@ def plan(
         allow_missing=allow_missing,
         strict=strict,
         seed=seed,
-        device=_device_memory(device, max_vram),
+        device=_target(device, max_vram, backend),
         max_pinned=pinned,
     )
 
 
-def _device_memory(device: str | Device, max_vram: int | str | None) -> tuple[str, int] | None:
-    """Return the name of a device and the bytes of its memory to plan for; None for the host."""
+def _target(device: str | Device, max_vram: int | str | None, backend: str) -> Target | None:
+    """Return what to plan for; None for the host."""
     most = None if max_vram is None else parse_size(str(max_vram))
     if device == "cpu":
         if most is not None:
@@ -103,7 +105,7 @@ def _device_memory(device: str | Device, max_vram: int | str | None) -> tuple[st
     if isinstance(device, str):
         card = card_of(device)
         if card is not None:
-            return device, most or int(card.memory * DEVICE_SHARE)
+            return Target(device, most or int(card.memory * DEVICE_SHARE), backend)
         device = TorchDevice(device)
     free = int(device.free_bytes() * DEVICE_SHARE)
     if most is not None and most > free:
@@ -111,7 +113,7 @@ def _device_memory(device: str | Device, max_vram: int | str | None) -> tuple[st
             f"max-vram of {most >> 20} MiB is more than {device.name} has free, {free >> 20} MiB; "
             "lower it or free the device"
         )
-    return device.name, most or free
+    return Target(device.name, most or free, backend)
 
 
 def merge(
@@ -170,6 +172,9 @@ def merge(
     watch = Stopwatch()
     started = time.perf_counter()
     device = _usable(device)
+    on_device = None if isinstance(device, str) else device
+    name = on_device.name if on_device else "cpu"
+    kernels = ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -180,12 +185,10 @@ def merge(
         device=device,
         max_vram=max_vram,
         max_pinned=max_pinned,
+        backend=kernels.name,
     )
     decided.raise_conflicts()
     watch.add("planning", time.perf_counter() - started)
-    on_device = None if isinstance(device, str) else device
-    name = on_device.name if on_device else "cpu"
-    kernels = ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
     from fastmerge import _cpu
 
     _cpu.set_threads(threads)

@@ -59,17 +59,33 @@ DEVICE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
+class Target:
+    """A device to plan for: its name, the bytes of its memory that are ours, the backend that runs there."""
+
+    name: str
+    memory: int
+    backend: str = "cuda"
+
+
+@dataclass(frozen=True)
 class DeviceBudget:
     """Bytes on a device and of pinned host memory. block: of one read and one copy."""
 
-    name: str
-    limit: int
+    target: Target
     operands: int
     results: int
     scratch: int
     block: int
     pinned_in: int
     pinned_out: int
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def limit(self) -> int:
+        return self.target.memory
 
     @property
     def total(self) -> int:
@@ -174,9 +190,9 @@ def fit_host(plan: Plan) -> None:
 
 
 def fit_device(
-    plan: Plan, name: str, limit: int, max_pinned: int | None = None, block: int | None = None
+    plan: Plan, target: Target, max_pinned: int | None = None, block: int | None = None
 ) -> None:
-    """Choose the rings of a device with `limit` bytes for us, and of pinned memory; see `fit_host`.
+    """Choose the rings of a device and of pinned memory; see `fit_host`.
 
     Two groups of operands are in flight, one filling while the kernels read the other. A tensor whose group
     does not fit is streamed. block: of rings of pinned memory that exist already.
@@ -185,10 +201,11 @@ def fit_device(
         return
     block = block or _block(plan, _pinned(plan, max_pinned))
     item = DEVICE_ITEM_BYTES
-    while (needed := _fit_device(plan, name, limit, item, block)) > limit and item > MIB:
+    limit = target.memory
+    while (needed := _fit_device(plan, target, item, block)) > limit and item > MIB:
         item //= 2
     if needed > limit:  # what is held whole may keep too little for what is streamed
-        needed = _fit_device(plan, name, limit, item, block, hold=False)
+        needed = _fit_device(plan, target, item, block, hold=False)
     if needed > limit:
         raise RecipeError(
             f"max-vram of {limit // MIB} MiB is too little for this merge; "
@@ -230,9 +247,7 @@ def _edges(plan: Plan, block: int) -> int:
     return most * ALIGNMENT + min(most, block // DIRECT_LEAST + 1) * BLOCK
 
 
-def _fit_device(
-    plan: Plan, name: str, limit: int, item_bytes: int, block: int, hold: bool = True
-) -> int:
+def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: bool = True) -> int:
     """Set the plan's budget for work items of a size; return the bytes needed at least.
 
     hold: whether tensors that fit are held whole.
@@ -246,13 +261,17 @@ def _fit_device(
             behind = 2 if part.bytes_in > item_bytes else WRITE_BEHIND
             results = max(results, behind * (most + ITEM_TENSORS * ALIGNMENT))
     results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
-    scratch = {j.name: _device_scratch(plan, j, j.n, item_bytes) for j in plan.jobs if j.n}
-    budget = limit - results - DEVICE_SCRATCH_BYTES
+    scratch = {
+        j.name: _device_scratch(plan, j, j.n, item_bytes, target.backend) for j in plan.jobs if j.n
+    }
+    budget = target.memory - results - DEVICE_SCRATCH_BYTES
     whole = {
         j.name: WorkItem((Piece(j, 0, j.n),)).device_memory for j in plan.jobs if j.is_whole and j.n
     }
     pieces = {j.name: next(split(j, item_bytes)) for j in plan.jobs if j.name in whole}
-    late = {n: _device_scratch(plan, p.job, p.n, item_bytes) for n, p in pieces.items()}
+    late = {
+        n: _device_scratch(plan, p.job, p.n, item_bytes, target.backend) for n, p in pieces.items()
+    }
     plan.streamed, held = frozenset() if hold else frozenset(whole), 0
     while True:  # what is streamed frees scratch memory of what is held, and takes some itself
         held = max((late[n] if n in plan.streamed else s for n, s in scratch.items()), default=0)
@@ -273,8 +292,7 @@ def _fit_device(
     most = max([largest + held, *(whole[n] + scratch[n] for n in too_large)])
     edges = _edges(plan, block)
     plan.device = DeviceBudget(
-        name,
-        limit,
+        target,
         operands,
         results,
         DEVICE_SCRATCH_BYTES + held,
@@ -295,7 +313,7 @@ def _usual(sizes: list[int]) -> int:
     return 0
 
 
-def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int) -> int:
+def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend: str) -> int:
     """Bound what kernels on a device allocate for n elements of a job at once, and for its walk's parts.
 
     Keys of one expert (Triton), or of all experts of a piece that is streamed; ranks of a ranked drop, 4
@@ -308,7 +326,8 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int) -> int:
     part = min(n, next((p.n for p in split(job, item_bytes)), 0))
     if isinstance(request, OrderStatistic):
         streamed = part * (experts * word + 4 * word + 8)
-        return max(n * word, streamed if n < job.n or job.scope is Scope.MODEL else 0)
+        keys = n * word if backend == "triton" else 0
+        return max(keys, streamed if n < job.n or job.scope is Scope.MODEL else 0)
     drop = request.keep.drop if isinstance(request, Moments) else None
     if isinstance(drop, RankedDrop):
         sorts = drop.axis is not Axis.ROW or wide

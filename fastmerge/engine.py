@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
 from typing import Protocol
@@ -217,7 +217,8 @@ class Engine:
                 if operands is not None:
                     device.release(operands)
                 try:
-                    fit_device(self.plan, budget.name, budget.limit // 2, block=budget.block)
+                    less = replace(budget.target, memory=budget.limit // 2)
+                    fit_device(self.plan, less, block=budget.block)
                 except RecipeError:
                     raise error from None
                 assert self.plan.device is not None

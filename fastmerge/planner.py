@@ -14,6 +14,7 @@ from fastmerge.budget import (
     EDGE_BYTES,
     PROCESS_BYTES,
     DeviceBudget,
+    Target,
     default_memory,
     fit_device,
     fit_host,
@@ -150,13 +151,13 @@ def make_plan(
     allow_missing: bool = False,
     strict: bool = False,
     seed: int = 0,
-    device: tuple[str, int] | None = None,
+    device: Target | None = None,
     max_pinned: int | None = None,
 ) -> Plan:
     """Read all headers and decide everything that can be decided without reading a weight.
 
     Args:
-        device: name and bytes of memory of the device that merges; None: the host does.
+        device: what merges; None: the host does.
         max_pinned: most bytes of page-locked memory then.
     Raises:
         CheckpointError, RecipeError: an input or the recipe itself is wrong. Conflicts among inputs
@@ -195,7 +196,7 @@ def make_plan(
     if device is None:
         fit_host(plan)
     else:
-        fit_device(plan, *device, max_pinned)
+        fit_device(plan, device, max_pinned)
     return plan
 
 

@@ -129,13 +129,17 @@ class SimulatedEvent:
 
 
 class _Owner:
-    """Gives device memory back when nothing refers to it any more."""
+    """Gives device memory back once, at the latest when nothing refers to it any more."""
 
     def __init__(self, device: Any, address: int) -> None:
         self._device, self._address = device, address
 
-    def __del__(self) -> None:
-        self._device.release(self._address)
+    def release(self) -> None:
+        address, self._address = self._address, 0
+        if address:
+            self._device.release(address)
+
+    __del__ = release
 
 
 class SimulatedDevice:
@@ -172,6 +176,9 @@ class SimulatedDevice:
         except MemoryError as error:
             raise DeviceMemoryError(f"the simulated device: {error}") from None
         return Memory(address, n_bytes, self.name, _Owner(self.native, address))
+
+    def release(self, memory: Memory) -> None:
+        memory.owner.release()
 
     def pin(self, address: int, n_bytes: int) -> bool:
         return bool(self.native.pin(address, n_bytes))

@@ -171,7 +171,7 @@ class Small(HostDevice):
 
 def test_less_memory_than_was_free_is_made_do_with(family: Path) -> None:
     want = merged(family, "ties", "host")
-    device = Small(32 * MIB)
+    device = Small(48 * MIB)
     report = fastmerge.merge(
         family / "ties.yaml", family / "out", device=device, backend=ops.choose("cpu", "cpu"),
         force=True, out_shard_size="9M",
