@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastmerge import forecast as _forecast
 from fastmerge import ops
 from fastmerge.backends import Chunk, Kernels
-from fastmerge.budget import DEVICE_SHARE, Target
+from fastmerge.budget import DEVICE_SHARE, Target, default_memory, target_of
 from fastmerge.card import hub_id, model_card
 from fastmerge.cards import card_of
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
-from fastmerge.errors import (
-    ConflictError,
-    DeviceError,
-    DeviceMemoryError,
-    NonFiniteError,
-    RecipeError,
-)
+from fastmerge.errors import ConflictError, DeviceError, NonFiniteError, RecipeError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
@@ -34,14 +31,17 @@ from fastmerge.evaluate import (
 )
 from fastmerge.forecast import Forecast
 from fastmerge.planner import HEAD, Plan, make_plan
+from fastmerge.processes import Processes
 from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.recipe import Recipe, keyword_params, load_recipe
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
+from fastmerge.streaming import gpus
 from fastmerge.streaming.device import Device, TorchDevice
 from fastmerge.streaming.sources import Io
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 from fastmerge.streaming.trace import Trace, write_chrome_trace
+from fastmerge.workers import Assignment, Workers, clock_origin, merge_shared
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -58,7 +58,7 @@ def plan(
     allow_missing: bool = False,
     strict: bool = False,
     seed: int = 0,
-    device: str | Device = "cpu",
+    device: str | Device | Target = "cpu",
     max_vram: int | str | None = None,
     max_pinned: int | str | None = None,
     backend: str = "cuda",
@@ -72,7 +72,8 @@ def plan(
         allow_missing: merge a tensor over the inputs that have it instead of calling it a conflict.
         strict: warnings about the recipe or the inputs become conflicts.
         device: where the merge is to run: "cpu"; "cuda", "cuda:1", a GPU of this machine; "cuda:H100" and
-            the like, a card that need not be here (see `cards.CARDS`).
+            the like, a card that need not be here (see `cards.CARDS`); "cuda:0,cuda:1" or "cuda:all", several
+            GPUs, among which tensors and host memory are divided: the plan is that of one of them.
         max_vram, max_pinned: most bytes on the device, default 90 % of what is free there, and of
             page-locked host memory, default what keeps the link busy, at most 4 GiB.
         backend: that runs there; they differ in the memory that they want.
@@ -82,38 +83,48 @@ def plan(
         RecipeError, CheckpointError: the recipe or an input is wrong in itself.
         DeviceError: there is no such device.
     """
-    pinned = None if max_pinned is None else parse_size(str(max_pinned))
+    n = len(gpus.named(device)) if isinstance(device, str) else 1
     return make_plan(
         _recipe(recipe, strict),
         out_shard_size=parse_size(str(out_shard_size)),
-        max_memory=None if max_memory is None else parse_size(str(max_memory)),
+        max_memory=_divided(max_memory, n) or default_memory() // n,
         allow_missing=allow_missing,
         strict=strict,
         seed=seed,
         device=_target(device, max_vram, backend),
-        max_pinned=pinned,
+        max_pinned=_divided(max_pinned, n),
     )
 
 
-def _target(device: str | Device, max_vram: int | str | None, backend: str) -> Target | None:
+def _divided(size: int | str | None, n: int) -> int | None:
+    return None if size is None else parse_size(str(size)) // n
+
+
+def _target(
+    device: str | Device | Target, max_vram: int | str | None, backend: str
+) -> Target | None:
     """Return what to plan for; None for the host."""
-    most = None if max_vram is None else parse_size(str(max_vram))
+    most = _divided(max_vram, 1)
+    if isinstance(device, Target):
+        return replace(device, memory=min(most or device.memory, device.memory))
     if device == "cpu":
         if most is not None:
             raise RecipeError("max-vram is for merges on a device; give --device cuda as well")
         return None
     if isinstance(device, str):
-        card = card_of(device)
+        names = gpus.named(device)
+        if (
+            len(names) > 1
+        ):  # not opened: each worker opens its own, and plans for what is free there
+            driver = gpus.driver()
+            least = min(driver.total_bytes(gpus.index_of(name)) for name in names)
+            target = Target(",".join(names), int(least * DEVICE_SHARE), backend)
+            return _target(target, max_vram, backend)
+        card = card_of(names[0])
         if card is not None:
             return Target(device, most or int(card.memory * DEVICE_SHARE), backend)
-        device = TorchDevice(device)
-    free = int(device.free_bytes() * DEVICE_SHARE)
-    if most is not None and most > free:
-        raise DeviceMemoryError(
-            f"max-vram of {most >> 20} MiB is more than {device.name} has free, {free >> 20} MiB; "
-            "lower it or free the device"
-        )
-    return Target(device.name, most or free, backend)
+        device = TorchDevice(names[0])
+    return target_of(device, most, backend)
 
 
 def merge(
@@ -138,6 +149,7 @@ def merge(
     device: str | Device = "cpu",
     max_vram: int | str | None = None,
     max_pinned: int | str | None = None,
+    ray: str | None = None,
     trace: str | Path | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -151,7 +163,10 @@ def merge(
     Args:
         recipe, out_shard_size, max_memory, allow_missing, strict, max_vram, max_pinned: see `plan`.
         backend: force one backend, by name or its kernels; default: the best that can run.
-        device: "cpu"; "cuda" or "cuda:1"; "auto", a GPU if one can be used; or a `streaming.Device`.
+        device: "cpu"; "cuda" or "cuda:1"; "auto", a GPU if one can be used; "cuda:0,cuda:1" or "cuda:all",
+            several, each with a process of its own; or a `streaming.Device`.
+        ray: address of a Ray cluster that merges a shard per task; "auto", the one at hand; "local", one that
+            is started here. A task asks for `threads` processors (else 1), memory and, with "cuda", a GPU.
         force: replace the model in a non-empty `out`; a killed merge there is started again.
         resume: finish the killed merge in `out`, of the same recipe, inputs and options; without one, start.
         seed: of the random drops; a draw depends on (seed, tensor, expert, element) alone.
@@ -168,13 +183,24 @@ def merge(
         MergeError: anything the caller can mend, in one line.
     """
     _check_nan_policy(nan_policy)
+    if "://" in str(out):
+        raise RecipeError(
+            f"output {str(out)!r} is not a folder; merge into one, then copy it there"
+        )
     how = _io(io)
     watch = Stopwatch()
     started = time.perf_counter()
-    device = _usable(device)
-    on_device = None if isinstance(device, str) else device
-    name = on_device.name if on_device else "cpu"
-    kernels = ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
+    workers = _workers(device, ray, threads)
+    kernels: Kernels | None = None
+    if workers is None:
+        device = _usable(device)
+        on_device = None if isinstance(device, str) else device
+        name = on_device.name if on_device else "cpu"
+        kernels = (
+            ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
+        )
+    elif not (backend is None or isinstance(backend, str)):
+        raise RecipeError("backend must be a name where other processes merge")
     decided = plan(
         recipe,
         out_shard_size=out_shard_size,
@@ -182,10 +208,10 @@ def merge(
         allow_missing=allow_missing,
         strict=strict,
         seed=seed,
-        device=device,
+        device=workers.planned if workers else device,
         max_vram=max_vram,
         max_pinned=max_pinned,
-        backend=kernels.name,
+        backend=kernels.name if kernels else str(backend or "cuda"),
     )
     decided.raise_conflicts()
     watch.add("planning", time.perf_counter() - started)
@@ -207,20 +233,37 @@ def merge(
         direct=how is not Io.BUFFERED,
         sync=fsync,
     )
-    with output as folder:
-        engine = Engine(
-            decided,
-            kernels,
-            folder,
-            nan_policy=nan_policy,
-            strict=strict,
-            io=how,
-            chunk_elements=chunk_elements or kernels.chunk_elements,
-            progress=progress,
-            device=on_device,
-            trace=Trace(recording=trace is not None),
-        )
-        report = engine.run()
+    with workers or nullcontext(), output as folder:
+        if kernels is None:
+            assert workers is not None
+            whole = Assignment(
+                replace(decided.recipe, found=tuple(inputs)),
+                bound,
+                Path(out).absolute(),
+                decided.max_memory,
+                backend=backend if isinstance(backend, str) else None,
+                max_vram=_divided(max_vram, 1),
+                max_pinned=_divided(max_pinned, workers.n_here),
+                strict=strict,
+                threads=threads,
+                io=how,
+                chunk_elements=chunk_elements,
+                origin=None if trace is None else clock_origin(),
+            )
+            report = merge_shared(workers, decided, folder, whole, progress)
+        else:
+            report = Engine(
+                decided,
+                kernels,
+                folder,
+                nan_policy=nan_policy,
+                strict=strict,
+                io=how,
+                chunk_elements=chunk_elements or kernels.chunk_elements,
+                progress=progress,
+                device=on_device,
+                trace=Trace(recording=trace is not None),
+            ).run()
         if trace is not None:
             write_chrome_trace(Path(trace), report.spans)
         report.resumed = folder.resumed
@@ -258,11 +301,28 @@ def forecast(
     write = read[0], "taken to be as reading"
     if write_rate is not None:
         write = float(parse_size(str(write_rate))), "given"
+    if isinstance(device, str):
+        device, *others = gpus.named(device)
+        if others:
+            raise RecipeError(
+                "a forecast is of one device; give cuda:0, of which the others are like"
+            )
     card = card_of(device) if isinstance(device, str) else None
     if card is not None:
         return _forecast.forecast(plan, _forecast.card_rates(card, read, write))
     opened = TorchDevice(device) if isinstance(device, str) else device
     return _forecast.forecast(plan, _forecast.measured_rates(opened, read, write))
+
+
+def _workers(device: str | Device, ray: str | None, threads: int) -> Workers | None:
+    """Return the processes that a merge is shared among; None: this one merges."""
+    if ray is not None:
+        # Integrations stand above this module, so this one is loaded by name.
+        integration = importlib.import_module("fastmerge.integrations.ray")
+        workers: Workers = integration.RayWorkers(ray, device, threads)
+        return workers
+    names = gpus.named(device) if isinstance(device, str) else []
+    return Processes(names) if len(names) > 1 else None
 
 
 def _usable(device: str | Device) -> str | Device:
@@ -274,6 +334,7 @@ def _usable(device: str | Device) -> str | Device:
             return TorchDevice("cuda")
         except DeviceError:
             return "cpu"
+    (device,) = gpus.named(device)
     if card_of(device) is not None:
         raise DeviceError(f"device {device!r} is a card to plan for; merge on cuda or cuda:0")
     return TorchDevice(device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
 from fastmerge.dtypes import DType
-from fastmerge.errors import RecipeError
+from fastmerge.errors import DeviceMemoryError, RecipeError
 from fastmerge.jobs import (
     DEVICE_ITEM_BYTES,
     ITEM_BYTES,
@@ -30,6 +30,7 @@ from fastmerge.streaming.ring import ALIGNMENT, BLOCK, DIRECT_LEAST, READ_AHEAD
 
 if TYPE_CHECKING:
     from fastmerge.planner import Plan
+    from fastmerge.streaming.device import Device
 
 #: Results that wait to be written, at most, and the least memory for them.
 WRITE_BEHIND = 4
@@ -187,6 +188,21 @@ def fit_host(plan: Plan) -> None:
 
 
 # ---- on a device -----------------------------------------------------------------------------------
+
+
+def target_of(device: Device, most: int | None, backend: str) -> Target:
+    """Return what to plan for on an open device: `most` bytes of its memory, or most of what is free.
+
+    Raises:
+        DeviceMemoryError: `most` is more than that.
+    """
+    free = int(device.free_bytes() * DEVICE_SHARE)
+    if most is not None and most > free:
+        raise DeviceMemoryError(
+            f"max-vram of {most >> 20} MiB is more than {device.name} has free, {free >> 20} MiB; "
+            "lower it or free the device"
+        )
+    return Target(device.name, most or free, backend)
 
 
 def fit_device(

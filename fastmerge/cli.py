@@ -55,8 +55,8 @@ def _planning_options(function: F) -> F:
         click.option("--strict", is_flag=True, help="Treat warnings (unknown keys, ...) as errors."),
         click.option("--seed", "--random-seed", default=0, show_default=True, help="Seed of random drops."),
         click.option("--device", metavar="NAME", default="cpu", show_default=True,
-                     help="Where to compute: cpu, cuda, cuda:1, auto (a GPU if there is one); plans also "
-                     "take a card, as in cuda:H100."),
+                     help="Where to compute: cpu, cuda, cuda:1, auto (a GPU if there is one), several as in "
+                     "cuda:0,cuda:1 or cuda:all; plans also take a card, as in cuda:H100."),
         click.option("--cuda", "device", flag_value="cuda", hidden=True),
         click.option("--max-vram", metavar="SIZE",
                      help="Most memory of the GPU to use.  [default: 90% of free]"),
@@ -98,6 +98,9 @@ def _accept_no_ops(function: F) -> F:
 @click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Copy tokenizer files.")
 @click.option("--write-model-card/--no-write-model-card", default=True,
               help="Write README.md and mergekit_config.yml.")  # fmt: skip
+@click.option("--ray", metavar="[ADDRESS]", is_flag=False, flag_value="auto",
+              help="Merge on a Ray cluster, a task per shard: auto (the one at hand), an address, or "
+              "local (started here).")  # fmt: skip
 @click.option("-j", "--threads", "--num-threads", default=0, help="Kernel threads.  [default: all]")
 @click.option(
     "--io",

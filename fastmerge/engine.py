@@ -12,7 +12,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
@@ -21,7 +21,7 @@ from typing import Protocol
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
 from fastmerge.backends.memory import copy_bytes, same_bytes
 from fastmerge.budget import DeviceBudget, fit_device
-from fastmerge.checkpoint import Journal, word_bytes
+from fastmerge.checkpoint import word_bytes
 from fastmerge.checkpoint.files import opened, read_at
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, DeviceMemoryError, NonFiniteError, RecipeError
@@ -81,10 +81,19 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
 
+class Parts(Protocol):
+    """A journal, as far as it is needed here: which parts of tensors are written."""
+
+    def covers(self, name: str, start: int, n: int) -> bool: ...
+
+    def add(self, parts: list[tuple[str, int, int, int]]) -> None: ...
+
+
 class Output(Protocol):
     """Where results go: a descriptor per shard and, where kept, the journal of what is written."""
 
-    journal: Journal | None
+    @property
+    def journal(self) -> Parts | None: ...
 
     def fd(self, shard: int) -> int: ...
 
@@ -103,7 +112,7 @@ class _Part:
 class Engine:
     """One run of one plan.
 
-    only:   names of the tensors to merge; default: those that no journal proves.
+    only:   names of the tensors to merge; default: all. What the output's journal proves is left out.
     device: where the kernels run, planned for; default: the host.
     walks:  of tensors whose statistics are known.
     disks:  called with whether it writes, makes what moves bytes; default: threads of csrc/io.
@@ -127,7 +136,7 @@ class Engine:
         trace: Trace | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
-        self.only = only
+        self.jobs = [j for j in plan.jobs if only is None or j.name in only]
         self.nan_policy, self.strict, self.io = nan_policy, strict, io
         self.chunk_elements = chunk_elements
         self.progress = progress
@@ -142,22 +151,33 @@ class Engine:
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
         start = time.perf_counter()
-        self._open()
-        try:
-            with self.device.computing() if self.device else nullcontext():
-                self._merge_all()
-        finally:
-            self.writer.close()
-            self.reader.close()
-            self._unpin()
+        with self._working():
+            self._merge_all()
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
-        self.report.n_tensors = len(self.plan.jobs)
+        self.report.n_tensors = len(self.jobs)
         self.report.seconds = time.perf_counter() - start
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
         self.report.spans = [*self.trace.spans, *(self.device.spans() if self.device else ())]
         return self.report
+
+    def model_walks(self) -> dict[str, Walk | Copy]:
+        """Return the walks of the tensors whose statistics are over the model, without merging any."""
+        with self._working():
+            self._resolve_model()
+        return self.walks
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        self._open()
+        try:
+            with self.device.computing() if self.device else nullcontext():
+                yield
+        finally:
+            self.writer.close()
+            self.reader.close()
+            self._unpin()
 
     def _open(self) -> None:
         """Take the memory and start the threads that `plan` asks for."""
@@ -252,10 +272,10 @@ class Engine:
         return stages
 
     def _merge_all(self) -> None:
-        jobs = self.plan.jobs
+        jobs = self.jobs
         over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
-        if any(self._left(j) for j in over_model):
-            self._resolve_model(over_model)
+        if any(j.name not in self.walks and self._left(j) for j in over_model):
+            self._resolve_model()
         items = work_items(jobs, self.plan.streamed, self.plan.item_bytes)
         for item, operands in self._sweep(self._skipping(items)):
             self._merge(item, operands)
@@ -277,8 +297,6 @@ class Engine:
 
     def _is_done(self, piece: Piece) -> bool:
         job = piece.job
-        if self.only is not None:
-            return job.name not in self.only
         # Copies of integers are made again: comparing them may have something to say.
         if self.out.journal is None or job.action is Action.COPY_EQUAL or not piece.n:
             return False
@@ -418,9 +436,10 @@ class Engine:
 
     # ---- statistics that need sweeps of their own ----------------------------------------------------
 
-    def _resolve_model(self, jobs: list[TensorJob]) -> None:
+    def _resolve_model(self) -> None:
         """Give every job of a model-scope method its walk, by sweeps over the whole model."""
-        jobs = sorted(jobs, key=lambda j: j.name)
+        jobs = [j for j in self.plan.jobs if self._scope(j) is Scope.MODEL]
+        jobs.sort(key=lambda j: j.name)
         widths = {len(j.experts) for j in jobs}
         if len(widths) > 1:
             raise ConflictError(

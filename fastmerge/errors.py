@@ -39,3 +39,7 @@ class DeviceError(MergeError):
 
 class DeviceMemoryError(DeviceError):
     """A GPU has less memory free than was asked of it: names the bytes and the remedy."""
+
+
+class WorkerError(MergeError):
+    """A process or machine with a share of a merge is gone: says which and how. What is written is kept."""

@@ -6,7 +6,7 @@ from fastmerge.checkpoint.durable import open_direct
 from fastmerge.checkpoint.files import FileIdentity, identity
 from fastmerge.checkpoint.folder import Checkpoint, open_checkpoint
 from fastmerge.checkpoint.header import Header, TensorInfo, header_digest, read_header
-from fastmerge.checkpoint.journal import JOURNAL, Binding, Journal
+from fastmerge.checkpoint.journal import JOURNAL, Binding, Journal, Part, difference
 from fastmerge.checkpoint.layout import (
     Layout,
     OutputTensor,
@@ -14,6 +14,7 @@ from fastmerge.checkpoint.layout import (
     parse_size,
     plan_layout,
 )
+from fastmerge.checkpoint.shards import PartialShards, RemoteJournal
 from fastmerge.checkpoint.writer import OutputFolder
 
 __all__ = [
@@ -26,9 +27,13 @@ __all__ = [
     "Layout",
     "OutputFolder",
     "OutputTensor",
+    "Part",
+    "PartialShards",
+    "RemoteJournal",
     "ShardLayout",
     "TensorInfo",
     "companion_files",
+    "difference",
     "digest",
     "file_checksum",
     "header_digest",

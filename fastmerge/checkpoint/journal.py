@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ JOURNAL = "fastmerge.journal"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 
-#: What a merge is bound to: JSON-able; see `api._binding`.
+#: What a merge is bound to: JSON-able; see `provenance.binding`.
 Binding = Mapping[str, Any]
 
 Part = tuple[int, int, int]  # first byte in the tensor, bytes, checksum
@@ -146,16 +146,15 @@ class Journal:
 
     def covers(self, name: str, start: int, n: int) -> bool:
         """Return whether bytes [start, start + n) of a tensor were proven when a killed run was resumed."""
+        return is_covered(self.proven(name), start, n)
+
+    def proven(self, name: str) -> list[Part]:
+        """Return the parts of a tensor that `covers` goes by, in their order."""
         if name not in self._found:
-            return n <= 0
-        at, end = start, start + n
+            return []
         with self._lock:
             parts = sorted(self._parts.get(name, {}).items())
-        for first, (size, _) in parts:
-            if first > at:
-                break
-            at = max(at, first + size)
-        return at >= end
+        return [(start, *part) for start, part in parts]
 
     def checksum(self, name: str, info: TensorInfo, fd: int, path: Path) -> int:
         """Return a tensor's checksum: its parts' sum if they tile it, else from the file."""
@@ -171,6 +170,16 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def is_covered(parts: Sequence[Part], start: int, n: int) -> bool:
+    """Return whether bytes [start, start + n) lie in parts, which are in their order."""
+    at, end = start, start + n
+    for first, size, _ in parts:
+        if first > at:
+            break
+        at = max(at, first + size)
+    return at >= end
 
 
 def _line(value: Any) -> bytes:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fastmerge.checkpoint.checksum import file_checksum, word_bytes
 from fastmerge.checkpoint.destination import (
     check_destination,
     check_space,
@@ -34,6 +35,7 @@ from fastmerge.checkpoint.durable import (
     write_all,
     write_file,
 )
+from fastmerge.checkpoint.files import opened
 from fastmerge.checkpoint.folder import INDEX
 from fastmerge.checkpoint.header import TensorInfo
 from fastmerge.checkpoint.journal import (
@@ -48,10 +50,10 @@ from fastmerge.checkpoint.journal import (
 from fastmerge.checkpoint.layout import Layout
 from fastmerge.checkpoint.swap import aside, put_back, undo_swap
 from fastmerge.checkpoint.wording import is_inside, place, shown
-from fastmerge.errors import CheckpointError, DeviceError, ReadError
+from fastmerge.errors import CheckpointError, DeviceError, ReadError, WorkerError
 
 #: Errors of a machine, not of what was asked for: another try may do, so what is written stays.
-KEPT = (ReadError, DeviceError)
+KEPT = (ReadError, DeviceError, WorkerError)
 
 #: Reads in flight while what a killed merge wrote is checked.
 CHECKING_THREADS = 4
@@ -194,6 +196,15 @@ class OutputFolder:
             name: self.journal.checksum(name, info, self._fds[shard], self.partial_path(shard))
             for name, (shard, info) in self.layout.places().items()
         }
+
+    def holds(self, name: str, start: int, n: int, checksum: int) -> bool:
+        """Return whether a part of a tensor that another machine wrote is in its shard as seen from here."""
+        shard, info = self.layout.places()[name]
+        path = self.partial_path(shard)
+        word = word_bytes(info.shape, info.dtype.itemsize)
+        # Opened anew: that is when a network file system asks for what others wrote.
+        with opened(path) as (fd, _):
+            return file_checksum(fd, path, info.offset + start, n, word, start) == checksum
 
     def fd(self, shard: int) -> int:
         """Return a shard's descriptor, for positional writes at the layout's offsets."""

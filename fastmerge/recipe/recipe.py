@@ -33,6 +33,9 @@ class Recipe:
     text:       the YAML as it was read, or written out from a mapping.
     folder:     what relative model paths are relative to, after the current directory.
     source:     the recipe's file as the caller spelt it, for messages; else empty.
+    found:      the inputs' folders, absolute, where they were looked for already.
+
+    It can be pickled: a process that merges a share of it needs no file.
     """
 
     method: str
@@ -47,6 +50,11 @@ class Recipe:
     preset: str | None = None
     name: str | None = None
     source: str = ""
+    found: tuple[Path, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Bound again where it arrives: the methods' functions do not travel.
+        return {key: value for key, value in vars(self).items() if key != "_binding"}
 
     def spec(self) -> MethodSpec:
         return registry.get(self.method)
@@ -57,6 +65,8 @@ class Recipe:
 
     def path(self, index: int) -> Path:
         """Return the folder of one input, or raise RecipeError with what is wrong with it."""
+        if self.found:
+            return self.found[index]
         model = self.inputs[index]
         with located(self.source, model.place):
             return resolve_path(model.ref, self.folder)
