@@ -72,3 +72,11 @@ class BrokenGpus(HostGpus):
 
     def open(self, name: str, timed: bool) -> Device:
         raise ArithmeticError("nobody expects this")
+
+
+class DeadlyGpus(HostGpus):
+    """Kills whoever wants one."""
+
+    def open(self, name: str, timed: bool) -> Device:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError

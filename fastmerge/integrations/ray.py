@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -36,6 +37,9 @@ RETRIES = 3
 
 #: More memory than any device has: each worker plans for its own, and the host's does not depend on it.
 _ANY_DEVICE = 1 << 50
+
+#: Seconds in which a cluster must answer.
+_CONNECT_SECONDS = 10
 
 #: Seconds for which tasks that were cancelled are waited for.
 _CANCEL_SECONDS = 30
@@ -73,8 +77,9 @@ class RayWorkers:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             options["include_dashboard"] = False
         try:
+            _check_reachable(self._address)
             self._ray.init(address=self._address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise MergeError(
                 f"no ray cluster can be used at {self._address!r}: {_line(error)}; start one with "
                 "`ray start --head`, or give --ray local"
@@ -181,6 +186,13 @@ def run_task(assignment: Assignment) -> list[Event] | BaseException:
     return [*([Wrote(parts)] if parts else []), *passed, finished]
 
 
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nobody answers at an address, which Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+
+
 def _import_ray() -> Any:
     try:
         return importlib.import_module("ray")
@@ -193,9 +205,9 @@ def _import_ray() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """Return the first line of a message: Ray's go on with advice of many lines."""
+    """Return the first sentence of a message: Ray's go on with advice of many lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 __all__ = ["RayWorkers", "run_task"]
