@@ -171,7 +171,7 @@ def merge(
     how = _io(io)
     watch = Stopwatch()
     started = time.perf_counter()
-    device = _usable(device)
+    device = _usable(device, timed=trace is not None)
     on_device = None if isinstance(device, str) else device
     name = on_device.name if on_device else "cpu"
     kernels = ops.choose(name, backend) if backend is None or isinstance(backend, str) else backend
@@ -265,18 +265,18 @@ def forecast(
     return _forecast.forecast(plan, _forecast.measured_rates(opened, read, write))
 
 
-def _usable(device: str | Device) -> str | Device:
-    """Return the device to merge on, opened; "cpu" for the host."""
+def _usable(device: str | Device, timed: bool) -> str | Device:
+    """Return the device to merge on, opened; "cpu" for the host. timed: it is to record its spans."""
     if not isinstance(device, str) or device == "cpu":
         return device
     if device == "auto":
         try:
-            return TorchDevice("cuda")
+            return TorchDevice("cuda", timed)
         except DeviceError:
             return "cpu"
     if card_of(device) is not None:
         raise DeviceError(f"device {device!r} is a card to plan for; merge on cuda or cuda:0")
-    return TorchDevice(device)
+    return TorchDevice(device, timed)
 
 
 def _io(io: Io | str) -> Io:

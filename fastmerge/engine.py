@@ -141,7 +141,7 @@ class Engine:
 
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
-        start = time.perf_counter()
+        start = self._started = time.perf_counter()
         self._open()
         try:
             with self.device.computing() if self.device else nullcontext():
@@ -156,7 +156,7 @@ class Engine:
         self.report.seconds = time.perf_counter() - start
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
-        self.report.spans = [*self.trace.spans, *(self.device.spans() if self.device else ())]
+        self.report.spans = [*self.trace.spans, *self._device_spans()]
         return self.report
 
     def _open(self) -> None:
@@ -230,6 +230,11 @@ class Engine:
             assert self.device is not None
             self.device.unpin(address)
 
+    def _device_spans(self) -> list[Span]:
+        """Return what the device did in this run; it may have had others."""
+        spans = self.device.spans() if self.device else []
+        return [s for s in spans if s.start >= self._started]
+
     def _stages(self) -> list[Stage]:
         report, reader, writer = self.report, self.reader, self.writer
         seconds = {
@@ -245,7 +250,7 @@ class Engine:
             Stage("reading", reader.busy_seconds, report.bytes_read, reader.n_threads),
             Stage("writing", writer.busy_seconds, report.bytes_written, WRITING_THREADS),
         ]
-        spans = self.device.spans() if self.device else []
+        spans = self._device_spans()
         for lane in dict.fromkeys(s.lane for s in spans):
             moved = sum(s.n_bytes for s in spans if s.lane == lane)
             stages.append(Stage(lane, busy_seconds(spans, lane), moved, 1))
