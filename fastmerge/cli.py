@@ -101,10 +101,10 @@ def _accept_no_ops(function: F) -> F:
 @click.option("-j", "--threads", "--num-threads", default=0, help="Kernel threads.  [default: all]")
 @click.option(
     "--io",
-    type=click.Choice(["auto", "mmap", "direct", "buffered"]),
+    type=click.Choice(["auto", "mmap", "direct", "buffered", "gds"]),
     default="auto",
     show_default=True,
-    help="How bytes move: mapped or past the page cache, or through it.",
+    help="How bytes move: mapped, past the page cache, through it, or straight to the GPU.",
 )
 @click.option("--fsync/--no-fsync", default=True, help="Wait for the disk before finishing.")
 @click.option(

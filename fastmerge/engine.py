@@ -39,6 +39,8 @@ from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.download import Downloader
+from fastmerge.streaming.gpudirect import GpuDirectIntake
+from fastmerge.streaming.gpudirect import why_not as why_not_gds
 from fastmerge.streaming.ring import (
     FEEDING_THREADS,
     WRITING_THREADS,
@@ -50,10 +52,10 @@ from fastmerge.streaming.ring import (
     Writer,
     Written,
 )
-from fastmerge.streaming.sources import Io, Sources
+from fastmerge.streaming.sources import Io, Sources, is_warm
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 from fastmerge.streaming.trace import Span, Trace, busy_seconds
-from fastmerge.streaming.upload import Uploader
+from fastmerge.streaming.upload import DeviceIntake, Uploader
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]
@@ -168,7 +170,7 @@ class Engine:
         self._pinned: list[int] = []
         trace = self.trace
         if device is None or budget is None:
-            self.reader: Reader | Uploader = Reader(
+            self.reader: Reader | DeviceIntake = Reader(
                 sources, plan.operand_bytes, transfers=reads, trace=trace
             )
             self.writer: Writer | Downloader = Writer(
@@ -176,20 +178,11 @@ class Engine:
             )
             return
 
-        def copied() -> Event:
-            return device.mark(Stream.COPY_IN)
-
-        reader = Reader(
-            sources,
-            budget.pinned_in,
-            n_threads=FEEDING_THREADS,
-            transfers=reads,
-            fence=copied,
-            trace=trace,
-        )
         writer = Writer(budget.pinned_out, transfers=writes, trace=trace)
+        straight = self._reads_straight(sources, device)
+        reader = None if straight else self._feeding(sources, device, budget, reads)
         try:
-            for ring in (reader.ring, writer.ring):
+            for ring in [*([reader.ring] if reader else []), writer.ring]:
                 if device.pin(ring.address, ring.capacity):
                     self._pinned.append(ring.address)
                 else:
@@ -198,13 +191,42 @@ class Engine:
                         f"{device.name} are slower (raise the limit: ulimit -l, or lower --max-pinned)"
                     )
             operands, results = self._device_memory(device, budget)
+            if reader is None:
+                self.reader = GpuDirectIntake(sources, device, operands)
+            else:
+                self.reader = Uploader(reader, device, operands, budget.block)
         except BaseException:
             writer.close()
-            reader.close()
+            if reader:
+                reader.close()
             self._unpin()
             raise
-        self.reader = Uploader(reader, device, operands, budget.block)
         self.writer = Downloader(writer, device, results, budget.block)
+
+    def _reads_straight(self, sources: Sources, device: Device) -> bool:
+        """Return whether operands go past the host's memory: if that is asked for, or works and pays."""
+        if self.io is Io.GDS:
+            return True
+        if self.io is not Io.AUTO or why_not_gds(device) is not None:
+            return False
+        return not any(map(is_warm, sources.files))  # a page cache is faster than a drive
+
+    def _feeding(
+        self, sources: Sources, device: Device, budget: DeviceBudget, reads: Transfers | None
+    ) -> Reader:
+        """Return what reads into pinned memory, which is used again when it is copied out of."""
+
+        def copied() -> Event:
+            return device.mark(Stream.COPY_IN)
+
+        return Reader(
+            sources,
+            budget.pinned_in,
+            n_threads=FEEDING_THREADS,
+            transfers=reads,
+            fence=copied,
+            trace=self.trace,
+        )
 
     def _device_memory(self, device: Device, budget: DeviceBudget) -> tuple[Memory, Memory]:
         """Take the memory for operands and results; with less, where another process was quicker."""
