@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -121,6 +122,16 @@ def run_watched(script: str | Path, *arguments: str) -> subprocess.CompletedProc
     if scattered.exists() and int(scattered.read_text()) > 28:  # more than libtsan puts up with
         command = ["setarch", "-R", *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def takes(seconds: float, work: Callable[[], object]) -> None:
+    """Assert that one run of ten takes so long, within 5 %, and none less: other work may hold any up."""
+    taken: list[float] = []
+    while len(taken) < 10 and not (taken and taken[-1] < 1.05 * seconds):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    assert seconds <= min(taken) < 1.05 * seconds, taken
 
 
 # ---- the device ------------------------------------------------------------------------------------
@@ -268,6 +279,12 @@ class SimulatedKernels(Kernels):
             return [False] * len(jobs)
 
         return bad
+
+    def keep_mask(self, keep: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
+
+    def keep_probability(self, drop: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
 
 
 #: Readings of a tensor that its rank cuts take: csrc/cuda/select.cu counts digit by digit.
