@@ -43,7 +43,7 @@ CSRC = ROOT / "csrc"
 NAME = "_simulated"
 FLAGS = [
     "-std=c++17",
-    "-g",
+    "-g1",
     "-fPIC",
     "-fvisibility=hidden",
     "-pthread",
