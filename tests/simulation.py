@@ -1,9 +1,6 @@
 """A device and drives that keep time at set bandwidths, for tests of the pipeline without a GPU.
 
 Builds csrc/simulate, wraps it as `fastmerge.streaming.device` asks, and has kernels that only take time.
-
-python tests/simulation.py PART ...     what tests/test_simulated.py runs under ThreadSanitizer, in a process
-                                        of its own: its library must be loaded before anything else
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -45,7 +43,7 @@ CSRC = ROOT / "csrc"
 NAME = "_simulated"
 FLAGS = [
     "-std=c++17",
-    "-g",
+    "-g1",
     "-fPIC",
     "-fvisibility=hidden",
     "-pthread",
@@ -102,6 +100,38 @@ def native() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def run_watched(script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script, with this module as its `native`, in a process that ThreadSanitizer watches.
+
+    TSan's library must be loaded before anything else. It sees the GIL and Python's locks through pthread;
+    streams, drives and csrc/io's threads as they were compiled; but not what the interpreter, numpy or
+    fastmerge._cpu do to memory: hence `fill` and `checksum`. A race ends the process with status 66.
+    """
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": found.stdout.strip(),
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+        "SIMULATED_MODULE": str(build("thread")),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    scattered = Path("/proc/sys/vm/mmap_rnd_bits")
+    command = [sys.executable, str(script), *arguments]
+    if scattered.exists() and int(scattered.read_text()) > 28:  # more than libtsan puts up with
+        command = ["setarch", "-R", *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def takes(seconds: float, work: Callable[[], object]) -> None:
+    """Assert that one run of ten takes so long, within 5 %, and none less: other work may hold any up."""
+    taken: list[float] = []
+    while len(taken) < 10 and not (taken and taken[-1] < 1.05 * seconds):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    assert seconds <= min(taken) < 1.05 * seconds, taken
 
 
 # ---- the device ------------------------------------------------------------------------------------
@@ -257,6 +287,12 @@ class SimulatedKernels(Kernels):
 
         return bad
 
+    def keep_mask(self, keep: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
+
+    def keep_probability(self, drop: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
+
 
 #: Readings of a tensor that its rank cuts take: csrc/cuda/select.cu counts digit by digit.
 READINGS = 4
@@ -300,12 +336,3 @@ class _SimulatedSweep:
             units = {Axis.TENSOR: 1, Axis.ROW: rows, Axis.COLUMN: self._cols}[request.axis]
             return np.repeat(np.eye(k)[:, :, None], units, axis=2)
         return 0
-
-
-PARTS: dict[str, Callable[[], None]] = {}
-
-
-if __name__ == "__main__":
-    for part in sys.argv[1:]:
-        PARTS[part]()
-        print(f"{part}: done")
