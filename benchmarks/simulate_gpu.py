@@ -19,7 +19,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,18 @@ def replay(
     one_drive: bool = False,
     duplex: float = 1.0,
     max_vram: int | None = None,
+    time_scale: float = 1.0,
 ) -> Replay:
     """Run the pipeline over headers in `folder`, written if they are not there.
 
     one_drive: reads and writes share the read rate. duplex: of the link, while it copies out as well.
+    time_scale: rates are so many times higher: shorter, and harder for the host.
     """
-    known = CARDS[card]
+    known = replace(
+        CARDS[card],
+        link=CARDS[card].link * time_scale,
+        bandwidth=CARDS[card].bandwidth * time_scale,
+    )
     models = ["base", *(f"expert{k}" for k in range(1, experts + 1))]
     for name in models:
         if not (folder / name).exists():
