@@ -27,6 +27,7 @@ from fastmerge.errors import (
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
+    Ranges,
     first_nonfinite,
     resolve,
     resolve_model,
@@ -458,10 +459,14 @@ def _walks(
     if spec.scope_for(params) is not Scope.MODEL:
         return [resolve(kernels, spec, params, t.context, o, limit) for _, t, o, _ in jobs]
 
-    def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
+    def visit(
+        feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
+    ) -> None:
         for t in sorted(wanted):
-            for _, chunk in jobs[t][2].chunks(size, limit):
-                feed(t, chunk)
+            held = jobs[t][2]
+            for a, b in wanted[t] or ((0, held.n),):
+                for _, chunk in held.slice(a, b).chunks(size, limit):
+                    feed(t, chunk)
 
     return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
 

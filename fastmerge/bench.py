@@ -321,7 +321,7 @@ class _Metered:
         return getattr(self._kernels, name)
 
 
-class _MeteredSweep:
+class _MeteredSweep(Sweep):
     def __init__(self, meter: _Metered, sweep: Sweep) -> None:
         self._meter, self._sweep = meter, sweep
         self._first = True
@@ -334,6 +334,9 @@ class _MeteredSweep:
     def next_pass(self) -> bool:
         self._first = False
         return self._sweep.next_pass()
+
+    def wanted(self) -> Sequence[tuple[int, int]] | None:
+        return self._sweep.wanted()
 
     def result(self) -> Any:
         return self._sweep.result()

@@ -28,12 +28,22 @@ from fastmerge.errors import ConflictError, DeviceMemoryError, NonFiniteError, R
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
+    Ranges,
     first_nonfinite,
     resolve,
     resolve_model,
     start_walks,
 )
-from fastmerge.jobs import Action, Piece, TensorJob, WorkItem, results_of, split, work_items
+from fastmerge.jobs import (
+    Action,
+    Piece,
+    TensorJob,
+    WorkItem,
+    results_of,
+    split,
+    together,
+    work_items,
+)
 from fastmerge.planner import EMBEDDINGS, HEAD, Plan
 from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
@@ -335,6 +345,20 @@ class Engine:
                 name = item.pieces[-1].job.name
                 self.progress(name, self.report.bytes_read + self._passed, self.plan.bytes_read)
 
+    def _sweep_ranges(
+        self, wanted: Iterable[tuple[TensorJob, Ranges]]
+    ) -> Iterator[tuple[Piece, Operands]]:
+        """Yield pieces of some jobs with their operands: of given ranges, or of all of a job."""
+        items: list[WorkItem] = []
+        for job, ranges in wanted:
+            if ranges is None:
+                items += (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
+                continue
+            pieces = [p for a, b in ranges for p in split(job, self.plan.item_bytes, a, b)]
+            items += together(pieces, self.plan.item_bytes)
+        for item, operands in self._sweep(items):
+            yield from zip(item.pieces, operands, strict=True)
+
     # ---- merging -----------------------------------------------------------------------------------
 
     def _merge(self, item: WorkItem, operands: Sequence[Operands]) -> None:
@@ -462,13 +486,13 @@ class Engine:
             tensors.append(ModelTensor(job.params, context, job.cols, compute))
         index = {job.name: t for t, job in enumerate(jobs)}
 
-        def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
-            pieces = (p for t in sorted(wanted) for p in split(jobs[t], self.plan.item_bytes))
-            items = (WorkItem((p,)) for p in pieces)
-            for item, (operands,) in self._sweep(items):
+        def visit(
+            feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
+        ) -> None:
+            for piece, operands in self._sweep_ranges((jobs[t], wanted[t]) for t in sorted(wanted)):
                 for _, chunk in operands.chunks(size, self.chunk_elements):
                     with self.watch.time("statistics"):
-                        feed(index[item.pieces[0].job.name], chunk)
+                        feed(index[piece.job.name], chunk)
 
         walks = resolve_model(self.kernels, self.plan.spec, tensors, visit)
         self.walks.update({job.name: walk for job, walk in zip(jobs, walks, strict=True)})
@@ -492,8 +516,7 @@ class Engine:
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
         sweep = self.kernels.sweep(request, job.n, job.cols, len(job.experts), job.compute)
         while True:
-            items = (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
-            for _, (operands,) in self._sweep(items):
+            for _, operands in self._sweep_ranges([(job, sweep.wanted())]):
                 delta = getattr(request, "delta", True)
                 for _, chunk in operands.chunks(grain(request), self.chunk_elements, delta):
                     with self.watch.time("statistics"):

@@ -19,7 +19,7 @@ from simulation import SimulatedDevice, native
 
 from fastmerge import budget
 from fastmerge.api import plan as make_plan
-from fastmerge.backends import Buffer, Chunk, Kernels
+from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
 from fastmerge.engine import Engine
 from fastmerge.stages import Cut, Statistic, Walk
 from fastmerge.streaming import download, upload
@@ -49,7 +49,7 @@ class Touching(Kernels):
         return _Touched(self, k)
 
 
-class _Touched:
+class _Touched(Sweep):
     def __init__(self, kernels: Touching, k: int) -> None:
         self._kernels, self._k = kernels, k
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends.streamed_order import StreamedOrder, sampled_ranges
 from fastmerge.dtypes import DType
 from fastmerge.errors import DeviceError, DeviceMemoryError
 from fastmerge.stages import (
@@ -298,27 +299,35 @@ class SimulatedKernels(Kernels):
 READINGS = 4
 
 
-class _SimulatedSweep:
-    """As the CUDA backend: what comes whole takes all readings at once, else each is a pass."""
+class _SimulatedSweep(Sweep):
+    """As the CUDA backend: a rank cut of what comes whole takes all readings at once; of what comes in pieces
+    a sample, a reading, and that of one piece (fastmerge/backends/streamed_order.py)."""
 
     def __init__(
         self, kernels: SimulatedKernels, request: Statistic, n: int, cols: int, n_experts: int
     ) -> None:
         self._kernels, self._request = kernels, request
         self._n, self._cols, self._n_experts = n, cols, n_experts
-        whole_rows = isinstance(request, OrderStatistic) and request.scope == "row"
-        self._left = READINGS if isinstance(request, OrderStatistic) and not whole_rows else 1
+        self._cuts = isinstance(request, OrderStatistic) and request.scope != "row"
+        self._pass, self._whole = 0, False
+        self._last = (0, 0)
+
+    def wanted(self) -> Sequence[tuple[int, int]] | None:
+        if not self._cuts or not StreamedOrder.pays(self._n):
+            return None
+        return {0: sampled_ranges(self._n), 2: [self._last]}.get(self._pass)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
-        readings = self._left if chunk.n == self._n else 1
-        if chunk.n == self._n:
-            self._left = 1
-        for _ in range(readings):
+        self._whole = self._cuts and chunk.n == self._n
+        self._last = (offset + chunk.start, offset + chunk.start + chunk.n)
+        for _ in range(READINGS if self._whole else 1):
             self._kernels.launch(_bytes([chunk.base, *chunk.experts]))
 
     def next_pass(self) -> bool:
-        self._left -= 1
-        return self._left > 0
+        self._pass += 1
+        if not self._cuts or self._whole:
+            return False
+        return self._pass < (3 if StreamedOrder.pays(self._n) else READINGS)
 
     def result(self) -> Any:
         self._kernels.device.mark(Stream.COMPUTE).wait()  # for the numbers
