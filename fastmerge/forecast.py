@@ -20,7 +20,7 @@ from fastmerge.streaming.device import Device, Stream
 from fastmerge.streaming.ring import FEEDING_THREADS, HostRing, Reader, Run
 from fastmerge.streaming.sources import Io, Sources
 
-#: What the host spends on a launch of a walk or a statistic, lowering included.
+#: What the host spends on a launch of a walk or a statistic, lowering included: taken to be, not measured.
 LAUNCH_SECONDS = 250e-6
 
 _MEASURED_BYTES = 512 * MIB
