@@ -305,13 +305,11 @@ class _Metered:
     def sweep(self, *request: Any) -> Sweep:
         return _MeteredSweep(self, self._kernels.sweep(*request))
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
-        self.count(chunk)
-        self.n_bytes += out.n * out.dtype.itemsize
-        return self._kernels.walk(walk, chunk, out)
-
-    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
-        return [self.walk(*job) for job in jobs]
+    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+        for _, chunk, out in jobs:
+            self.count(chunk)
+            self.n_bytes += out.n * out.dtype.itemsize
+        return self._kernels.start_walks(jobs)
 
     def count(self, chunk: Chunk) -> None:
         operands = [*chunk.experts, *([chunk.base] if chunk.base else [])]
