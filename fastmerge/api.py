@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -243,6 +244,7 @@ def forecast(
     *,
     read_rate: int | str | None = None,
     write_rate: int | str | None = None,
+    one_disk: bool = False,
 ) -> Forecast:
     """Say how long a merge that was planned for a device takes, by stage, and what limits it.
 
@@ -251,6 +253,7 @@ def forecast(
             here, whose link is measured.
         read_rate, write_rate: bytes per second of the disks; by default the inputs' is measured where they
             are, and the output's taken to be the same.
+        one_disk: reads and writes share the rate of reading.
     """
     if read_rate is None:
         read = _forecast.read_rate(plan), "measured here"
@@ -261,9 +264,11 @@ def forecast(
         write = float(parse_size(str(write_rate))), "given"
     card = card_of(device) if isinstance(device, str) else None
     if card is not None:
-        return _forecast.forecast(plan, _forecast.card_rates(card, read, write))
-    opened = TorchDevice(device) if isinstance(device, str) else device
-    return _forecast.forecast(plan, _forecast.measured_rates(opened, read, write))
+        rates = _forecast.card_rates(card, read, write)
+    else:
+        opened = TorchDevice(device) if isinstance(device, str) else device
+        rates = _forecast.measured_rates(opened, read, write)
+    return _forecast.forecast(plan, dataclasses.replace(rates, one_disk=one_disk))
 
 
 def _usable(device: str | Device, timed: bool) -> str | Device:

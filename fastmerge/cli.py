@@ -186,9 +186,15 @@ def verify(out: str, sample: int, seed: int) -> None:
 @click.option(
     "--write-rate", metavar="SIZE", help="Of the disk written to.  [default: as the other]"
 )
+@click.option("--one-disk", is_flag=True, help="The output goes to the disk that is read from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan_command(
-    config: str, as_json: bool, read_rate: str | None, write_rate: str | None, **options: Any
+    config: str,
+    as_json: bool,
+    read_rate: str | None,
+    write_rate: str | None,
+    one_disk: bool,
+    **options: Any,
 ) -> None:
     """Say what a merge would read and write, what it needs, and what stops it; exit 2 on a conflict.
 
@@ -199,7 +205,13 @@ def plan_command(
     plan = api.plan(config, **options)
     time = None
     if plan.device is not None and not plan.conflicts:
-        time = api.forecast(plan, options["device"], read_rate=read_rate, write_rate=write_rate)
+        time = api.forecast(
+            plan,
+            options["device"],
+            read_rate=read_rate,
+            write_rate=write_rate,
+            one_disk=one_disk,
+        )
     if as_json:
         forecast = {"forecast": time.as_dict()} if time else {}
         click.echo(json.dumps({**plan.as_dict(), **forecast}, indent=2))
