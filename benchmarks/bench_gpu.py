@@ -2,11 +2,14 @@
 
     python benchmarks/bench_gpu.py [--quick] [--only verify,kernels,small,rivals] [--backend cuda|triton|both]
         [--elements N] [--seed N] [--out FILE] [--no-build]
+    python benchmarks/bench_gpu.py --end-to-end [--parameters N] [--folder DIR]     whole merges of files
 
 Needs a GPU, torch, triton, numpy, pybind11 and a compiler; nothing from a network. Every kernel is held to
 the cpu backend's bits first, and what fails is not timed. Times are on the stream, in the launches alone;
 `call` is the host's view, planning included. Exit status: 1 a kernel is wrong, 2 nothing could run.
 
+`--end-to-end` merges a synthetic family of as many parameters as memory and disk allow, from the page cache
+and from the disk, beside measured pinned copies and direct reads, and mergekit --cuda where it is installed.
 `--rehearse [--emulated _cuda_emulated.so]` goes through all of it on the host at tiny sizes: its times mean
 nothing and go to build/.
 """
@@ -69,6 +72,11 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=", ".join(PARTS))
     parser.add_argument("--backend", choices=("cuda", "triton", "both"), default="both")
     parser.add_argument("--no-build", action="store_true")
+    parser.add_argument("--end-to-end", action="store_true", help="whole merges of files instead")
+    parser.add_argument("--parameters", type=float, default=8e9, help="of one model, at most")
+    parser.add_argument(
+        "--folder", type=Path, help="where the family is written; the temporary folder"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the host, at tiny sizes")
     parser.add_argument(
         "--emulated", type=Path, help="the CUDA module built for the host, to rehearse with"
@@ -108,6 +116,31 @@ def find_subjects(
     return subjects, reasons
 
 
+def end_to_end(options: argparse.Namespace, device: Host, progress: Progress) -> int:
+    """Merge files; return 1 if a byte is not the cpu backend's."""
+    import gpu_files
+
+    from fastmerge import ops
+    from fastmerge.streaming.device import TorchDevice
+
+    card = re.sub(r"\W+", "-", device.name.lower().removeprefix("nvidia ")).strip("-")
+    default = RESULTS / f"files-{card}.json"
+    if options.rehearse:
+        default = ROOT / "build" / "files-rehearsal.json"
+        result = gpu_files.rehearse(progress.say, options.folder)
+    else:
+        backend = None if options.backend == "both" else options.backend
+        on = TorchDevice("cuda:0")
+        result = gpu_files.measure(
+            on, ops.choose(on.name, backend), progress.say,
+            parameters=options.parameters, seconds=progress.left - 60, folder=options.folder,
+        )  # fmt: skip
+    out = options.out or default
+    gpu_files.write({**gpu_device.environment(device), **result}, out)
+    progress.say(f"wrote {out}")
+    return 0 if all(row["equal"] for row in result["rows"]) and result["rows"] else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     progress = Progress()
@@ -122,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unbuilt:
             progress.say(f"the build failed, going on with what is there: {unbuilt}")
     device = Host() if options.rehearse else Gpu()
+    if options.end_to_end:
+        return end_to_end(options, device, progress)
     subjects, reasons = find_subjects(options, device, progress)
     if not subjects:
         progress.say("no backend can run here")

@@ -4,7 +4,7 @@
     python benchmarks/bench_merge.py --cold     from the disk, against direct reads
     python benchmarks/bench_merge.py --sweep    ours alone, over sizes and numbers of experts
 
-Inputs are bf16 with Llama's names and shapes (families.py). Seconds are wall time of the whole process,
+Inputs are bf16 with Llama's names and shapes (synthetic.py). Seconds are wall time of the whole process,
 start-up included; peak memory is the kernel's own account of it. Results go to benchmarks/results/.
 """
 
@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from families import make_family
 from processes import Merge, compare, median, require_mergekit
 from storage import drop_pages, read_bandwidth
+from synthetic import make_family
 
 from fastmerge import _cpu
 from fastmerge.bench import copy_bandwidth, environment

@@ -204,6 +204,55 @@ def _rivals_table(data: Row) -> list[str]:
     return [above, *table(columns, data["rivals"])]
 
 
+def files_table(data: Row) -> list[str]:
+    """Whole merges of files on one card, beside its link and the disk."""
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("from", lambda r: "page cache" if r["cached"] else "disk"),
+        ("seconds", lambda r: f"{r['seconds']:.2f}"),
+        ("process, start-up included", lambda r: f"{r['whole_seconds']:.2f}"),
+        ("GB/s read", lambda r: f"{r['read_rate'] / 1e9:.1f}"),
+        ("of the limit", lambda r: f"{r['share']:.0%}"),
+        ("cpu backend", lambda r: f"{r['cpu_seconds']:.2f} s"),
+        ("mergekit `--cuda`", lambda r: f"{r['mergekit_seconds']:.1f} s"),
+        ("bytes", lambda r: "as the cpu backend's" if r["equal"] else "DIFFER"),
+    ]
+    rows = [{k: v for k, v in r.items() if v is not None} for r in data["rows"]]
+    what = (
+        f"{data['parameters'] / 1e9:.2f} B parameters, base and {data['experts']} experts in bf16; pinned "
+        f"copies reach {data['pinned_in'] / 1e9:.1f} GB/s in, {data['pinned_out'] / 1e9:.1f} out, direct "
+        f"reads {data['disk_read'] / 1e9:.1f}; the limit is the link, from the disk the slower of both"
+    )
+    return [provenance(data, what), *table(columns, rows)]
+
+
+def files_tables() -> str:
+    """Measured cards; where there are none, the command that measures."""
+    return results("files-*.json", files_table)() or (
+        "**Not yet measured on a GPU**; `python benchmarks/bench_gpu.py --end-to-end` measures whole merges."
+    )
+
+
+def simulated_table(data: Row) -> list[str]:
+    """Replays of the pipeline on a simulated device."""
+    columns: list[Column] = [
+        ("merge", lambda r: f"{r['method']}, {r['billions']} B x {r['experts']}"),
+        ("card", lambda r: r["card"]),
+        ("GB/s read, written", lambda r: f"{r['read_rate'] / 1e9:g}, {r['write_rate'] / 1e9:g}{r['shared']}"),
+        ("slowest stage", lambda r: f"{r['limit']}, {r['stages'][r['limit']]:.2f} s"),
+        ("forecast", lambda r: f"{r['forecast']:.2f} s"),
+        ("simulated", lambda r: f"{r['seconds']:.2f} s"),
+        ("over the slowest", lambda r: f"{r['seconds'] / r['stages'][r['limit']] - 1:+.1%}"),
+        ("device memory", lambda r: f"{r['device_peak'] / 1e9:.1f} GB"),
+        ("host memory", lambda r: f"{r['host_peak'] / 1e9:.1f} GB"),
+    ]  # fmt: skip
+    what = (
+        "**simulated, not measured**: the pipeline itself in real time, with disks, link and kernels that "
+        "take the time their rates say, and headers for inputs (`python benchmarks/simulate_gpu.py --table`)"
+    )
+    return [provenance(data, what), *table(columns, data["rows"])]
+
+
 def modelled_gpu_table() -> str:
     """What is shown until a card has been measured."""
     columns: list[Column] = [("operation, K experts", lambda r: r["of"].name)]
@@ -247,6 +296,8 @@ TABLES = {
     "cold": results("cold.json", cold_table),
     "sweep": results("sweep.json", sweep_table),
     "gpu": gpu_tables,
+    "files": files_tables,
+    "simulated": results("simulated.json", simulated_table),
     "ops": results("ops.json", ops_table),
 }
 

@@ -3,6 +3,7 @@
     python benchmarks/simulate_gpu.py [--card H100] [--billions 70] [--experts 3] [--method ties]
         [--read-rate 50G] [--write-rate 50G] [--one-drive] [--max-vram SIZE] [--out FILE] [--picture FILE]
         [--trace FILE]
+    python benchmarks/simulate_gpu.py --table       several of them, for the README: four minutes
 
 The planner, the threads, the rings and the order of copies and kernels are the ones that merge; disks, link
 and kernels only take the time that their rates say, and inputs are files of headers with holes behind them.
@@ -17,9 +18,8 @@ import math
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the si
 import simulation
 
 from fastmerge import api
-from fastmerge.cards import CARDS, REACHED, Card
+from fastmerge.bench import environment
+from fastmerge.cards import CARDS, REACHED
 from fastmerge.checkpoint import parse_size
 from fastmerge.engine import Engine
 from fastmerge.forecast import Forecast, card_rates, forecast
@@ -36,8 +37,20 @@ from fastmerge.planner import Plan
 from fastmerge.streaming.ring import FEEDING_THREADS
 from fastmerge.streaming.trace import Span, Trace, busy_seconds, write_chrome_trace
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 #: Seconds before a copy starts, and a kernel.
 COPY_LATENCY, LAUNCH_LATENCY = 5e-6, 5e-6
+
+#: What --table replays: the floors that docs/gpu.md speaks of.
+TABLE: tuple[dict[str, Any], ...] = (
+    {"card": "H100", "experts": 3},
+    {"card": "H100", "experts": 8},
+    {"card": "H100", "experts": 3, "method": "linear"},
+    {"card": "H100", "experts": 3, "read_rate": 28e9, "write_rate": 28e9, "one_drive": True},
+    {"card": "RTX4090", "experts": 3, "read_rate": 25e9, "write_rate": 25e9},
+    {"card": "RTX4090", "experts": 8, "read_rate": 25e9, "write_rate": 25e9},
+)
 
 #: (hidden, inner, layers, key and value width, vocabulary) by billions of parameters: Llama 3's.
 SIZES = {1: (2048, 8192, 16, 512, 128256), 8: (4096, 14336, 32, 1024, 128256),
@@ -115,14 +128,20 @@ class Replay:
     host_peak: int
 
     @property
-    def slowest(self) -> float:
-        return max(self.stages.values())
+    def limit(self) -> str:
+        """The slowest stage."""
+        return max(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def over(self) -> float:
+        """What the pipeline adds to its slowest stage, as a share of it."""
+        return self.seconds / self.stages[self.limit] - 1
 
 
 def replay(
     folder: Path,
     *,
-    card: Card,
+    card: str = "H100",
     billions: int = 70,
     experts: int = 3,
     method: str = "ties",
@@ -131,11 +150,18 @@ def replay(
     one_drive: bool = False,
     duplex: float = 1.0,
     max_vram: int | None = None,
+    time_scale: float = 1.0,
 ) -> Replay:
     """Run the pipeline over headers in `folder`, written if they are not there.
 
     one_drive: reads and writes share the read rate. duplex: of the link, while it copies out as well.
+    time_scale: rates are so many times higher: shorter, and harder for the host.
     """
+    known = replace(
+        CARDS[card],
+        link=CARDS[card].link * time_scale,
+        bandwidth=CARDS[card].bandwidth * time_scale,
+    )
     models = ["base", *(f"expert{k}" for k in range(1, experts + 1))]
     for name in models:
         if not (folder / name).exists():
@@ -146,12 +172,12 @@ def replay(
     lines += [f"base_model: {folder / 'base'}"] if method != "linear" else []
     config = "\n".join([*lines, "dtype: bfloat16", ""])
     device = simulation.SimulatedDevice(
-        card.link, card.link, card.memory, moves_data=False, duplex=duplex,
+        known.link, known.link, known.memory, moves_data=False, duplex=duplex,
         copy_latency=COPY_LATENCY, launch_latency=LAUNCH_LATENCY,
     )  # fmt: skip
     plan = api.plan(config, device=device, max_vram=max_vram, max_memory="8GB")
     plan.raise_conflicts()
-    kernels = simulation.SimulatedKernels(device, card.bandwidth * REACHED)
+    kernels = simulation.SimulatedKernels(device, known.bandwidth * REACHED)
     native = simulation.native()
     reading = native.Disk(False, read_rate, moves_data=False, depth=FEEDING_THREADS)
     shares = {"shares": reading} if one_drive else {}
@@ -169,7 +195,7 @@ def replay(
     ]
     spans = [*drives, *report.spans]
     lanes = ("drive, reads", "copy in", "compute", "copy out", "drive, writes")
-    rates = card_rates(card, (read_rate, "given"), (write_rate, "given"))
+    rates = card_rates(known, (read_rate, "given"), (write_rate, "given"))
     return Replay(
         plan, forecast(plan, rates), report.seconds,
         {lane: busy_seconds(spans, lane) for lane in lanes}, spans,
@@ -185,10 +211,9 @@ def text(done: Replay) -> str:
     for name, seconds in done.stages.items():
         share = f"{seconds / done.seconds:.0%}"
         lines.append(f"{name:<16}{names[name]:>8.2f} s{seconds:>8.2f} s{share:>13}")
-    over = done.seconds / done.slowest - 1
     lines += [
         f"{'all':<16}{done.forecast.seconds:>8.2f} s{done.seconds:>8.2f} s"
-        f"   {over:+.1%} over the slowest stage",
+        f"   {done.over:+.1%} over the slowest stage",
         f"device memory at most {done.device_peak / 1e9:.2f} GB, "
         f"host memory {done.host_peak / 1e9:.2f} GB (pinned {done.plan.device.pinned / 1e9:.2f} GB)",  # type: ignore[union-attr]
     ]
@@ -244,34 +269,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--one-drive", action="store_true", help="reads and writes share it")
     parser.add_argument("--duplex", type=float, default=1.0, help="of the link both ways at once")
     parser.add_argument("--max-vram", type=parse_size, metavar="SIZE")
-    parser.add_argument("--out", type=Path, help="JSON, for benchmarks/report.py")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--trace", type=Path)
-    options = parser.parse_args(arguments)
-    card = CARDS[options.card]
-    with tempfile.TemporaryDirectory() as folder:
-        done = replay(
-            Path(folder), card=card, billions=options.billions, experts=options.experts,
-            method=options.method, read_rate=options.read_rate, write_rate=options.write_rate,
-            one_drive=options.one_drive, duplex=options.duplex, max_vram=options.max_vram,
-        )  # fmt: skip
-    title = (
-        f"{options.method}, {options.billions} B x {options.experts}, {card.title}, {card.link_title}, "
-        f"drives {options.read_rate / 1e9:g} and {options.write_rate / 1e9:g} GB/s"
+    parser.add_argument(
+        "--table", action="store_true", help="write benchmarks/results/simulated.json"
     )
-    print(f"simulated: {title}\n{text(done)}")
-    if options.picture:
-        draw(done, options.picture, title)
-    if options.trace:
-        write_chrome_trace(options.trace, done.spans)
-    if options.out:
-        row = {
-            "title": title, "card": options.card, "billions": options.billions,
-            "experts": options.experts, "method": options.method, "seconds": done.seconds,
-            "forecast": done.forecast.seconds, "stages": done.stages, "device_peak": done.device_peak,
-            "host_peak": done.host_peak, "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        options.out.write_text(json.dumps(row, indent=1) + "\n")
+    options = vars(parser.parse_args(arguments))
+    picture, trace, whole = (options.pop(name) for name in ("picture", "trace", "table"))
+    rows = []
+    for wanted in TABLE if whole else ({},):
+        row = {**options, **wanted}
+        with tempfile.TemporaryDirectory() as folder:
+            done = replay(Path(folder), **row)
+        title = (
+            f"{row['method']}, {row['billions']} B x {row['experts']}, {CARDS[row['card']].title}, "
+            f"drives {row['read_rate'] / 1e9:g} and {row['write_rate'] / 1e9:g} GB/s"
+            + (" in all" if row["one_drive"] else "")
+        )
+        print(f"simulated: {title}\n{text(done)}\n", flush=True)
+        rows.append(
+            {
+                **row, "shared": " in all" if row["one_drive"] else "", "seconds": done.seconds,
+                "forecast": done.forecast.seconds, "stages": done.stages, "limit": done.limit,
+                "device_peak": done.device_peak, "host_peak": done.host_peak,
+            }
+        )  # fmt: skip
+    if picture:
+        draw(done, picture, title)
+    if trace:
+        write_chrome_trace(trace, done.spans)
+    if whole:
+        result = {**environment("fastmerge"), "rows": rows}
+        RESULTS.joinpath("simulated.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastmerge.errors import ConflictError, DeviceError, NonFiniteError, RecipeE
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
+    Ranges,
     first_nonfinite,
     resolve,
     resolve_model,
@@ -106,7 +107,7 @@ def _target(
     """Return what to plan for; None for the host."""
     most = _divided(max_vram, 1)
     if isinstance(device, Target):
-        return replace(device, memory=min(most or device.memory, device.memory))
+        return dataclasses.replace(device, memory=min(most or device.memory, device.memory))
     if device == "cpu":
         if most is not None:
             raise RecipeError("max-vram is for merges on a device; give --device cuda as well")
@@ -193,7 +194,7 @@ def merge(
     workers = _workers(device, ray, threads)
     kernels: Kernels | None = None
     if workers is None:
-        device = _usable(device)
+        device = _usable(device, timed=trace is not None)
         on_device = None if isinstance(device, str) else device
         name = on_device.name if on_device else "cpu"
         kernels = (
@@ -237,7 +238,7 @@ def merge(
         if kernels is None:
             assert workers is not None
             whole = Assignment(
-                replace(decided.recipe, found=tuple(inputs)),
+                dataclasses.replace(decided.recipe, found=tuple(inputs)),
                 bound,
                 Path(out).absolute(),
                 decided.max_memory,
@@ -285,6 +286,7 @@ def forecast(
     *,
     read_rate: int | str | None = None,
     write_rate: int | str | None = None,
+    one_disk: bool = False,
 ) -> Forecast:
     """Say how long a merge that was planned for a device takes, by stage, and what limits it.
 
@@ -293,6 +295,7 @@ def forecast(
             here, whose link is measured.
         read_rate, write_rate: bytes per second of the disks; by default the inputs' is measured where they
             are, and the output's taken to be the same.
+        one_disk: reads and writes share the rate of reading.
     """
     if read_rate is None:
         read = _forecast.read_rate(plan), "measured here"
@@ -309,9 +312,11 @@ def forecast(
             )
     card = card_of(device) if isinstance(device, str) else None
     if card is not None:
-        return _forecast.forecast(plan, _forecast.card_rates(card, read, write))
-    opened = TorchDevice(device) if isinstance(device, str) else device
-    return _forecast.forecast(plan, _forecast.measured_rates(opened, read, write))
+        rates = _forecast.card_rates(card, read, write)
+    else:
+        opened = TorchDevice(device) if isinstance(device, str) else device
+        rates = _forecast.measured_rates(opened, read, write)
+    return _forecast.forecast(plan, dataclasses.replace(rates, one_disk=one_disk))
 
 
 def _workers(device: str | Device, ray: str | None, threads: int) -> Workers | None:
@@ -325,19 +330,19 @@ def _workers(device: str | Device, ray: str | None, threads: int) -> Workers | N
     return Processes(names) if len(names) > 1 else None
 
 
-def _usable(device: str | Device) -> str | Device:
-    """Return the device to merge on, opened; "cpu" for the host."""
+def _usable(device: str | Device, timed: bool) -> str | Device:
+    """Return the device to merge on, opened; "cpu" for the host. timed: it is to record its spans."""
     if not isinstance(device, str) or device == "cpu":
         return device
     if device == "auto":
         try:
-            return TorchDevice("cuda")
+            return TorchDevice("cuda", timed)
         except DeviceError:
             return "cpu"
     (device,) = gpus.named(device)
     if card_of(device) is not None:
         raise DeviceError(f"device {device!r} is a card to plan for; merge on cuda or cuda:0")
-    return TorchDevice(device)
+    return TorchDevice(device, timed)
 
 
 def _io(io: Io | str) -> Io:
@@ -519,10 +524,14 @@ def _walks(
     if spec.scope_for(params) is not Scope.MODEL:
         return [resolve(kernels, spec, params, t.context, o, limit) for _, t, o, _ in jobs]
 
-    def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
+    def visit(
+        feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
+    ) -> None:
         for t in sorted(wanted):
-            for _, chunk in jobs[t][2].chunks(size, limit):
-                feed(t, chunk)
+            held = jobs[t][2]
+            for a, b in wanted[t] or ((0, held.n),):
+                for _, chunk in held.slice(a, b).chunks(size, limit):
+                    feed(t, chunk)
 
     return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
 

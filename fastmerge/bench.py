@@ -305,13 +305,11 @@ class _Metered:
     def sweep(self, *request: Any) -> Sweep:
         return _MeteredSweep(self, self._kernels.sweep(*request))
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
-        self.count(chunk)
-        self.n_bytes += out.n * out.dtype.itemsize
-        return self._kernels.walk(walk, chunk, out)
-
-    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
-        return [self.walk(*job) for job in jobs]
+    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+        for _, chunk, out in jobs:
+            self.count(chunk)
+            self.n_bytes += out.n * out.dtype.itemsize
+        return self._kernels.start_walks(jobs)
 
     def count(self, chunk: Chunk) -> None:
         operands = [*chunk.experts, *([chunk.base] if chunk.base else [])]
@@ -321,7 +319,7 @@ class _Metered:
         return getattr(self._kernels, name)
 
 
-class _MeteredSweep:
+class _MeteredSweep(Sweep):
     def __init__(self, meter: _Metered, sweep: Sweep) -> None:
         self._meter, self._sweep = meter, sweep
         self._first = True
@@ -334,6 +332,9 @@ class _MeteredSweep:
     def next_pass(self) -> bool:
         self._first = False
         return self._sweep.next_pass()
+
+    def wanted(self) -> Sequence[tuple[int, int]] | None:
+        return self._sweep.wanted()
 
     def result(self) -> Any:
         return self._sweep.result()

@@ -104,10 +104,10 @@ def _accept_no_ops(function: F) -> F:
 @click.option("-j", "--threads", "--num-threads", default=0, help="Kernel threads.  [default: all]")
 @click.option(
     "--io",
-    type=click.Choice(["auto", "mmap", "direct", "buffered"]),
+    type=click.Choice(["auto", "mmap", "direct", "buffered", "gds"]),
     default="auto",
     show_default=True,
-    help="How bytes move: mapped or past the page cache, or through it.",
+    help="How bytes move: mapped, past the page cache, through it, or straight to the GPU.",
 )
 @click.option("--fsync/--no-fsync", default=True, help="Wait for the disk before finishing.")
 @click.option(
@@ -189,9 +189,15 @@ def verify(out: str, sample: int, seed: int) -> None:
 @click.option(
     "--write-rate", metavar="SIZE", help="Of the disk written to.  [default: as the other]"
 )
+@click.option("--one-disk", is_flag=True, help="The output goes to the disk that is read from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan_command(
-    config: str, as_json: bool, read_rate: str | None, write_rate: str | None, **options: Any
+    config: str,
+    as_json: bool,
+    read_rate: str | None,
+    write_rate: str | None,
+    one_disk: bool,
+    **options: Any,
 ) -> None:
     """Say what a merge would read and write, what it needs, and what stops it; exit 2 on a conflict.
 
@@ -202,7 +208,13 @@ def plan_command(
     plan = api.plan(config, **options)
     time = None
     if plan.device is not None and not plan.conflicts:
-        time = api.forecast(plan, options["device"], read_rate=read_rate, write_rate=write_rate)
+        time = api.forecast(
+            plan,
+            options["device"],
+            read_rate=read_rate,
+            write_rate=write_rate,
+            one_disk=one_disk,
+        )
     if as_json:
         forecast = {"forecast": time.as_dict()} if time else {}
         click.echo(json.dumps({**plan.as_dict(), **forecast}, indent=2))

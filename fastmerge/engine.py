@@ -28,17 +28,29 @@ from fastmerge.errors import ConflictError, DeviceMemoryError, NonFiniteError, R
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
+    Ranges,
     first_nonfinite,
     resolve,
     resolve_model,
     start_walks,
 )
-from fastmerge.jobs import Action, Piece, TensorJob, WorkItem, results_of, split, work_items
+from fastmerge.jobs import (
+    Action,
+    Piece,
+    TensorJob,
+    WorkItem,
+    results_of,
+    split,
+    together,
+    work_items,
+)
 from fastmerge.planner import EMBEDDINGS, HEAD, Plan
 from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.download import Downloader
+from fastmerge.streaming.gpudirect import GpuDirectIntake
+from fastmerge.streaming.gpudirect import why_not as why_not_gds
 from fastmerge.streaming.ring import (
     FEEDING_THREADS,
     WRITING_THREADS,
@@ -50,10 +62,10 @@ from fastmerge.streaming.ring import (
     Writer,
     Written,
 )
-from fastmerge.streaming.sources import Io, Sources
+from fastmerge.streaming.sources import Io, Sources, is_warm
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 from fastmerge.streaming.trace import Span, Trace, busy_seconds
-from fastmerge.streaming.upload import Uploader
+from fastmerge.streaming.upload import DeviceIntake, Uploader
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]
@@ -150,16 +162,11 @@ class Engine:
 
     def run(self) -> Report:
         """Merge everything into the output folder's files (not yet committed)."""
-        start = time.perf_counter()
         with self._working():
             self._merge_all()
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
         self.report.n_tensors = len(self.jobs)
-        self.report.seconds = time.perf_counter() - start
-        self.report.io = self.reader.sources.io.value
-        self.report.stages = self._stages()
-        self.report.spans = [*self.trace.spans, *(self.device.spans() if self.device else ())]
         return self.report
 
     def model_walks(self) -> dict[str, Walk | Copy]:
@@ -170,6 +177,8 @@ class Engine:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
+        """Hold memory and threads; report what was done with them."""
+        self._started = time.perf_counter()
         self._open()
         try:
             with self.device.computing() if self.device else nullcontext():
@@ -178,6 +187,10 @@ class Engine:
             self.writer.close()
             self.reader.close()
             self._unpin()
+        self.report.seconds = time.perf_counter() - self._started
+        self.report.io = self.reader.sources.io.value
+        self.report.stages = self._stages()
+        self.report.spans = [*self.trace.spans, *self._device_spans()]
 
     def _open(self) -> None:
         """Take the memory and start the threads that `plan` asks for."""
@@ -188,7 +201,7 @@ class Engine:
         self._pinned: list[int] = []
         trace = self.trace
         if device is None or budget is None:
-            self.reader: Reader | Uploader = Reader(
+            self.reader: Reader | DeviceIntake = Reader(
                 sources, plan.operand_bytes, transfers=reads, trace=trace
             )
             self.writer: Writer | Downloader = Writer(
@@ -196,20 +209,11 @@ class Engine:
             )
             return
 
-        def copied() -> Event:
-            return device.mark(Stream.COPY_IN)
-
-        reader = Reader(
-            sources,
-            budget.pinned_in,
-            n_threads=FEEDING_THREADS,
-            transfers=reads,
-            fence=copied,
-            trace=trace,
-        )
         writer = Writer(budget.pinned_out, transfers=writes, trace=trace)
+        straight = self._reads_straight(sources, device)
+        reader = None if straight else self._feeding(sources, device, budget, reads)
         try:
-            for ring in (reader.ring, writer.ring):
+            for ring in [*([reader.ring] if reader else []), writer.ring]:
                 if device.pin(ring.address, ring.capacity):
                     self._pinned.append(ring.address)
                 else:
@@ -218,13 +222,42 @@ class Engine:
                         f"{device.name} are slower (raise the limit: ulimit -l, or lower --max-pinned)"
                     )
             operands, results = self._device_memory(device, budget)
+            if reader is None:
+                self.reader = GpuDirectIntake(sources, device, operands)
+            else:
+                self.reader = Uploader(reader, device, operands, budget.block)
         except BaseException:
             writer.close()
-            reader.close()
+            if reader:
+                reader.close()
             self._unpin()
             raise
-        self.reader = Uploader(reader, device, operands, budget.block)
         self.writer = Downloader(writer, device, results, budget.block)
+
+    def _reads_straight(self, sources: Sources, device: Device) -> bool:
+        """Return whether operands go past the host's memory: if that is asked for, or works and pays."""
+        if self.io is Io.GDS:
+            return True
+        if self.io is not Io.AUTO or why_not_gds(device) is not None:
+            return False
+        return not any(map(is_warm, sources.files))  # a page cache is faster than a drive
+
+    def _feeding(
+        self, sources: Sources, device: Device, budget: DeviceBudget, reads: Transfers | None
+    ) -> Reader:
+        """Return what reads into pinned memory, which is used again when it is copied out of."""
+
+        def copied() -> Event:
+            return device.mark(Stream.COPY_IN)
+
+        return Reader(
+            sources,
+            budget.pinned_in,
+            n_threads=FEEDING_THREADS,
+            transfers=reads,
+            fence=copied,
+            trace=self.trace,
+        )
 
     def _device_memory(self, device: Device, budget: DeviceBudget) -> tuple[Memory, Memory]:
         """Take the memory for operands and results; with less, where another process was quicker."""
@@ -250,6 +283,11 @@ class Engine:
             assert self.device is not None
             self.device.unpin(address)
 
+    def _device_spans(self) -> list[Span]:
+        """Return what the device did in this run; it may have had others."""
+        spans = self.device.spans() if self.device else []
+        return [s for s in spans if s.start >= self._started]
+
     def _stages(self) -> list[Stage]:
         report, reader, writer = self.report, self.reader, self.writer
         seconds = {
@@ -265,7 +303,7 @@ class Engine:
             Stage("reading", reader.busy_seconds, report.bytes_read, reader.n_threads),
             Stage("writing", writer.busy_seconds, report.bytes_written, WRITING_THREADS),
         ]
-        spans = self.device.spans() if self.device else []
+        spans = self._device_spans()
         for lane in dict.fromkeys(s.lane for s in spans):
             moved = sum(s.n_bytes for s in spans if s.lane == lane)
             stages.append(Stage(lane, busy_seconds(spans, lane), moved, 1))
@@ -325,6 +363,20 @@ class Engine:
             if self.progress:
                 name = item.pieces[-1].job.name
                 self.progress(name, self.report.bytes_read + self._passed, self.plan.bytes_read)
+
+    def _sweep_ranges(
+        self, wanted: Iterable[tuple[TensorJob, Ranges]]
+    ) -> Iterator[tuple[Piece, Operands]]:
+        """Yield pieces of some jobs with their operands: of given ranges, or of all of a job."""
+        items: list[WorkItem] = []
+        for job, ranges in wanted:
+            if ranges is None:
+                items += (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
+                continue
+            pieces = [p for a, b in ranges for p in split(job, self.plan.item_bytes, a, b)]
+            items += together(pieces, self.plan.item_bytes)
+        for item, operands in self._sweep(items):
+            yield from zip(item.pieces, operands, strict=True)
 
     # ---- merging -----------------------------------------------------------------------------------
 
@@ -454,13 +506,13 @@ class Engine:
             tensors.append(ModelTensor(job.params, context, job.cols, compute))
         index = {job.name: t for t, job in enumerate(jobs)}
 
-        def visit(feed: Callable[[int, Chunk], None], wanted: set[int], size: Grain) -> None:
-            pieces = (p for t in sorted(wanted) for p in split(jobs[t], self.plan.item_bytes))
-            items = (WorkItem((p,)) for p in pieces)
-            for item, (operands,) in self._sweep(items):
+        def visit(
+            feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
+        ) -> None:
+            for piece, operands in self._sweep_ranges((jobs[t], wanted[t]) for t in sorted(wanted)):
                 for _, chunk in operands.chunks(size, self.chunk_elements):
                     with self.watch.time("statistics"):
-                        feed(index[item.pieces[0].job.name], chunk)
+                        feed(index[piece.job.name], chunk)
 
         walks = resolve_model(self.kernels, self.plan.spec, tensors, visit)
         self.walks.update({job.name: walk for job, walk in zip(jobs, walks, strict=True)})
@@ -484,8 +536,7 @@ class Engine:
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
         sweep = self.kernels.sweep(request, job.n, job.cols, len(job.experts), job.compute)
         while True:
-            items = (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
-            for _, (operands,) in self._sweep(items):
+            for _, operands in self._sweep_ranges([(job, sweep.wanted())]):
                 delta = getattr(request, "delta", True)
                 for _, chunk in operands.chunks(grain(request), self.chunk_elements, delta):
                     with self.watch.time("statistics"):

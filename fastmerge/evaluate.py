@@ -9,7 +9,8 @@ and never shows in a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +118,10 @@ def sweep_statistic(
         request, operands.n, operands.cols, len(operands.experts), operands.compute
     )
     while True:
-        for _, chunk in operands.chunks(size, limit, with_base=_needs_base(request)):
-            sweep.feed(chunk)
+        whole = limit >= operands.n or size is Grain.TENSOR
+        for a, b in (None if whole else sweep.wanted()) or ((0, operands.n),):
+            for _, chunk in operands.slice(a, b).chunks(size, limit, _needs_base(request)):
+                sweep.feed(chunk)
         if not sweep.next_pass():
             return sweep.result()
 
@@ -239,9 +242,12 @@ class ModelTensor:
     compute: DType
 
 
-#: Calls its argument with (tensor index, chunk) for every chunk of every tensor whose index is in the set,
-#: tensors in order, chunks ascending and cut by the given grain.
-Visit = Callable[[Callable[[int, Chunk], None], set[int], Grain], None]
+#: Elements [start, stop) of a tensor, ascending; None: all of it.
+Ranges = Sequence[tuple[int, int]] | None
+
+#: Calls its argument with (tensor index, chunk) for every chunk of the given ranges of every tensor in the
+#: mapping, tensors in order, chunks ascending and cut by the given grain.
+Visit = Callable[[Callable[[int, Chunk], None], Mapping[int, Ranges], Grain], None]
 
 
 def resolve_model(
@@ -300,7 +306,7 @@ def _answer_all(
     size = max(grain(r) for r in requests.values())
     left = set(requests)
     while left:
-        visit(lambda t, chunk: sweeps[t].feed(chunk), left, size)
+        visit(lambda t, chunk: sweeps[t].feed(chunk), {t: sweeps[t].wanted() for t in left}, size)
         left = {t for t in left if sweeps[t].next_pass()}
     results = {t: s.result() for t, s in sweeps.items()}
     if not over_model:
@@ -325,12 +331,35 @@ def _joint_order(
         n += tensors[t].context.n
     some = tensors[next(iter(requests))]
     sweep = kernels.sweep(request, n, 1, some.context.n_experts, some.compute)
+    sizes = {t: tensors[t].context.n for t in requests}
     while True:
-        visit(lambda t, chunk: sweep.feed(chunk, offsets[t]), set(requests), Grain.ELEMENT)
+        wanted = _within(sweep.wanted(), offsets, sizes)
+        visit(lambda t, chunk: sweep.feed(chunk, offsets[t]), wanted, Grain.ELEMENT)
         if not sweep.next_pass():
             break
     cuts: list[Cut] = sweep.result()
     return {t: [_shift(cut, offset) for cut in cuts] for t, offset in offsets.items()}
+
+
+def _within(
+    ranges: Ranges, offsets: Mapping[int, int], sizes: Mapping[int, int]
+) -> dict[int, Ranges]:
+    """Return each tensor's own share of ranges of the model's flattened order; tensors without are left out.
+
+    Both mappings are in that order.
+    """
+    if ranges is None:
+        return dict.fromkeys(offsets)
+    found: dict[int, list[tuple[int, int]]] = {}
+    left = deque(ranges)
+    for t, offset in offsets.items():
+        end = offset + sizes[t]
+        while left and left[0][0] < end:
+            start, stop = left.popleft()
+            if stop > end:
+                left.appendleft((end, stop))
+            found.setdefault(t, []).append((start - offset, min(stop, end) - offset))
+    return dict(found)
 
 
 def _shift(cut: Cut, offset: int) -> Cut:

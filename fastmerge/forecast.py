@@ -20,7 +20,7 @@ from fastmerge.streaming.device import Device, Stream
 from fastmerge.streaming.ring import FEEDING_THREADS, HostRing, Reader, Run
 from fastmerge.streaming.sources import Io, Sources
 
-#: What the host spends on a launch of a walk or a statistic, lowering included.
+#: What the host spends on a launch of a walk or a statistic, lowering included: taken to be, not measured.
 LAUNCH_SECONDS = 250e-6
 
 _MEASURED_BYTES = 512 * MIB
@@ -28,7 +28,8 @@ _MEASURED_BYTES = 512 * MIB
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second. origin: where they are from, for whoever reads the forecast."""
+    """Bytes per second. origin: where they are from, for whoever reads the forecast; one_disk: reads and
+    writes share the rate of reading."""
 
     read: float
     write: float
@@ -36,6 +37,7 @@ class Rates:
     copy_out: float
     memory: float
     origin: dict[str, str]
+    one_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ def forecast(plan: Plan, rates: Rates) -> Forecast:
         StageTime("copy out", written, rates.copy_out, written / rates.copy_out, origin["link"]),
         StageTime("write", written, rates.write, written / rates.write, origin["write"]),
     ]
+    if rates.one_disk:
+        both = read + written
+        shared = StageTime("disk", both, rates.read, both / rates.read, origin["read"])
+        stages = [shared, *stages[1:-1]]
     first = min(items[0].device_memory if items else 0, read)
     return Forecast(stages, plan.device.block / rates.read + first / rates.copy_in)
 

@@ -125,13 +125,31 @@ def results_of(job: TensorJob, item_bytes: int = ITEM_BYTES) -> Iterator[Piece]:
         yield from split(job, item_bytes)
 
 
-def split(job: TensorJob, item_bytes: int = ITEM_BYTES) -> Iterator[Piece]:
-    """Cut a job into pieces of about `item_bytes` of input: whole rows, or 4096s of a long row."""
+def split(
+    job: TensorJob, item_bytes: int = ITEM_BYTES, first: int = 0, stop: int | None = None
+) -> Iterator[Piece]:
+    """Cut elements [first, stop) of a job into pieces of about `item_bytes` of input: whole rows, or 4096s
+    of a long row, where `first` is a multiple of them."""
     per_element = sum(o.info.dtype.itemsize for o in job.operands)
     step = max(4096, item_bytes // per_element)
     step = step // job.cols * job.cols if job.cols <= step else step // 4096 * 4096
-    for start in range(0, job.n, step):
-        yield Piece(job, start, min(step, job.n - start))
+    end = job.n if stop is None else stop
+    for start in range(first, end, step):
+        yield Piece(job, start, min(step, end - start))
+
+
+def together(pieces: Sequence[Piece], item_bytes: int) -> Iterator[WorkItem]:
+    """Batch small pieces, in order."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and (size + piece.bytes_in > item_bytes or len(batch) == ITEM_TENSORS):
+            yield WorkItem(tuple(batch))
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.bytes_in
+    if batch:
+        yield WorkItem(tuple(batch))
 
 
 def work_items(

@@ -138,7 +138,7 @@ def _bytes(model: Checkpoint, manifest: Mapping[str, Any]) -> list[Row]:
 # ---- merging again -----------------------------------------------------------------------------------
 
 
-class _Scratch:
+class Scratch:
     """An output without names: sparse temporary files, one per shard."""
 
     journal: Journal | None = None
@@ -175,7 +175,7 @@ def _again(model: Checkpoint, manifest: Mapping[str, Any], sample: int, seed: in
     chosen = random.Random(seed).sample(names, min(sample, len(names)))
     row.extent = f"{len(chosen)} of {len(names)} tensors"
     assert plan.layout is not None
-    scratch = _Scratch(len(plan.layout.shards))
+    scratch = Scratch(len(plan.layout.shards))
     try:
         policy = manifest["options"]["nan_policy"]
         Engine(plan, ops.choose("cpu", "reference"), scratch, only=chosen, nan_policy=policy).run()

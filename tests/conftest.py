@@ -14,7 +14,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# The benchmarks are scripts, not a package. Behind tests/, for both have a families.py.
+# The benchmarks are scripts, not a package.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 

@@ -13,11 +13,12 @@ import torch
 
 import fastmerge
 from fastmerge import budget
-from fastmerge.backends import Kernels
+from fastmerge.backends import Kernels, streamed_order
 from fastmerge.streaming.device import Device
 
 #: Between them: all statistics, all keep stages, both elections, ranks, row-wise sums, plain copies.
-METHODS = ("linear", "ties", "dare_ties", "della", "breadcrumbs", "sce", "model_stock", "nuslerp")
+METHODS = ("linear", "ties", "dare_ties", "della", "breadcrumbs", "sce", "model_stock", "nuslerp",
+           "ties scope: model")  # fmt: skip
 SHAPES = {
     "model.embed_tokens.weight": (130, 64),
     "model.layers.0.mlp.down_proj.weight": (64, 96),
@@ -43,9 +44,10 @@ def merge(
     device: Device | str,
     **options: object,
 ) -> dict[str, bytes]:
-    """Return the output's shards."""
-    recipe = folder / f"{method}.yaml"
-    recipe.write_text(families.recipe(method))
+    """Return the output's shards. method: a name, or one followed by what goes into `parameters`."""
+    name, _, extra = method.partition(" ")
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(families.recipe(name, extra))
     fastmerge.merge(
         recipe, folder / out, backend=backend, device=device, out_shard_size="20k", **options  # type: ignore[arg-type]
     )  # fmt: skip
@@ -53,17 +55,19 @@ def merge(
 
 
 @patch.object(budget, "DEVICE_ITEM_BYTES", 1 << 15)  # so that there are several items
+@patch.object(streamed_order, "SMALLEST", 1 << 12)  # and so that cuts over the model are sampled
+@patch.object(streamed_order, "RUN", 16)
 def check_merge(folder: Path, method: str, backend: str | Kernels, device: Device) -> None:
     """Hold a merge, and one that is interrupted and resumed, to the cpu backend's bytes."""
     want = merge(folder, method, "host", "cpu", "cpu", force=True)
     assert len(want) > 1
-    assert merge(folder, method, f"whole-{method}", backend, device) == want
+    assert merge(folder, method, f"whole {method}", backend, device) == want
 
     def interrupt(name: str, done: int, total: int) -> None:
-        if done > total // 3:
+        if done > total * 2 // 3:  # in a walk, also where statistics come first
             raise KeyboardInterrupt
 
-    out = f"resumed-{method}"
+    out = f"resumed {method}"
     try:
         merge(folder, method, out, backend, device, progress=interrupt)
         raise AssertionError("not interrupted")

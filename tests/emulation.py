@@ -164,6 +164,19 @@ def statistics() -> None:
         agreement.check_masks(under_test, held, cases.random_keep(rng, shape, k))
 
 
+def _streamed(under_test: Any, held: Any, requests: list[Any]) -> None:
+    """The same in pieces of which a sample is looked at first, as where a device cannot hold them."""
+    from unittest.mock import patch
+
+    import agreement
+
+    from fastmerge.backends import streamed_order
+
+    with patch.object(streamed_order, "SMALLEST", 1), patch.object(streamed_order, "RUN", 64):
+        for request in requests:
+            agreement.check_statistic(under_test, held, request, 50_001)
+
+
 def selection() -> None:
     """Cuts of tensors longer than a piece: digits over many blocks, ties found piece by piece."""
     import agreement
@@ -196,6 +209,7 @@ def selection() -> None:
         for request in requests:
             for limit in (1 << 30, 50_001):
                 agreement.check_statistic(under_test, held, request, limit)
+        _streamed(under_test, held, requests)
     # Cuts over a model, of tensors that lie across the borders of pieces.
     _model_scope(under_test, np.random.default_rng(5))
 

@@ -1,9 +1,6 @@
 """A device and drives that keep time at set bandwidths, for tests of the pipeline without a GPU.
 
 Builds csrc/simulate, wraps it as `fastmerge.streaming.device` asks, and has kernels that only take time.
-
-python tests/simulation.py PART ...     what tests/test_simulated.py runs under ThreadSanitizer, in a process
-                                        of its own: its library must be loaded before anything else
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends.streamed_order import StreamedOrder, sampled_ranges
 from fastmerge.dtypes import DType
 from fastmerge.errors import DeviceError, DeviceMemoryError
 from fastmerge.stages import (
@@ -45,7 +44,7 @@ CSRC = ROOT / "csrc"
 NAME = "_simulated"
 FLAGS = [
     "-std=c++17",
-    "-g",
+    "-g1",
     "-fPIC",
     "-fvisibility=hidden",
     "-pthread",
@@ -102,6 +101,38 @@ def native() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def run_watched(script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script, with this module as its `native`, in a process that ThreadSanitizer watches.
+
+    TSan's library must be loaded before anything else. It sees the GIL and Python's locks through pthread;
+    streams, drives and csrc/io's threads as they were compiled; but not what the interpreter, numpy or
+    fastmerge._cpu do to memory: hence `fill` and `checksum`. A race ends the process with status 66.
+    """
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": found.stdout.strip(),
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+        "SIMULATED_MODULE": str(build("thread")),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    scattered = Path("/proc/sys/vm/mmap_rnd_bits")
+    command = [sys.executable, str(script), *arguments]
+    if scattered.exists() and int(scattered.read_text()) > 28:  # more than libtsan puts up with
+        command = ["setarch", "-R", *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def takes(seconds: float, work: Callable[[], object]) -> None:
+    """Assert that one run of ten takes so long, within 5 %, and none less: other work may hold any up."""
+    taken: list[float] = []
+    while len(taken) < 10 and not (taken and taken[-1] < 1.05 * seconds):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    assert seconds <= min(taken) < 1.05 * seconds, taken
 
 
 # ---- the device ------------------------------------------------------------------------------------
@@ -257,32 +288,46 @@ class SimulatedKernels(Kernels):
 
         return bad
 
+    def keep_mask(self, keep: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
+
+    def keep_probability(self, drop: Any, chunk: Chunk) -> Any:
+        raise NotImplementedError("these kernels keep nothing")
+
 
 #: Readings of a tensor that its rank cuts take: csrc/cuda/select.cu counts digit by digit.
 READINGS = 4
 
 
-class _SimulatedSweep:
-    """As the CUDA backend: what comes whole takes all readings at once, else each is a pass."""
+class _SimulatedSweep(Sweep):
+    """As the CUDA backend: a rank cut of what comes whole takes all readings at once; of what comes in pieces
+    a sample, a reading, and that of one piece (fastmerge/backends/streamed_order.py)."""
 
     def __init__(
         self, kernels: SimulatedKernels, request: Statistic, n: int, cols: int, n_experts: int
     ) -> None:
         self._kernels, self._request = kernels, request
         self._n, self._cols, self._n_experts = n, cols, n_experts
-        whole_rows = isinstance(request, OrderStatistic) and request.scope == "row"
-        self._left = READINGS if isinstance(request, OrderStatistic) and not whole_rows else 1
+        self._cuts = isinstance(request, OrderStatistic) and request.scope != "row"
+        self._pass, self._whole = 0, False
+        self._last = (0, 0)
+
+    def wanted(self) -> Sequence[tuple[int, int]] | None:
+        if not self._cuts or not StreamedOrder.pays(self._n):
+            return None
+        return {0: sampled_ranges(self._n), 2: [self._last]}.get(self._pass)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
-        readings = self._left if chunk.n == self._n else 1
-        if chunk.n == self._n:
-            self._left = 1
-        for _ in range(readings):
+        self._whole = self._cuts and chunk.n == self._n
+        self._last = (offset + chunk.start, offset + chunk.start + chunk.n)
+        for _ in range(READINGS if self._whole else 1):
             self._kernels.launch(_bytes([chunk.base, *chunk.experts]))
 
     def next_pass(self) -> bool:
-        self._left -= 1
-        return self._left > 0
+        self._pass += 1
+        if not self._cuts or self._whole:
+            return False
+        return self._pass < (3 if StreamedOrder.pays(self._n) else READINGS)
 
     def result(self) -> Any:
         self._kernels.device.mark(Stream.COMPUTE).wait()  # for the numbers
@@ -300,12 +345,3 @@ class _SimulatedSweep:
             units = {Axis.TENSOR: 1, Axis.ROW: rows, Axis.COLUMN: self._cols}[request.axis]
             return np.repeat(np.eye(k)[:, :, None], units, axis=2)
         return 0
-
-
-PARTS: dict[str, Callable[[], None]] = {}
-
-
-if __name__ == "__main__":
-    for part in sys.argv[1:]:
-        PARTS[part]()
-        print(f"{part}: done")

@@ -12,6 +12,7 @@ from typing import Any
 import bench_gpu
 import gpu_cases
 import gpu_device
+import gpu_files
 import gpu_parts
 import gpu_rivals
 import gpu_verify
@@ -353,3 +354,30 @@ def test_measured_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "| ties K=4 | cuda | 12.0 | 300 | 290, 310 | 2680 | 93% |" in text
     assert "| ties K=4 | 2.00 ms | 50.00 ms | 25.0x |" in text
     assert "| sce K=4 |  | 50.00 ms |  |" in text
+
+
+def test_whole_merges_are_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_files, "_mergekit", lambda *_: None)
+    out = tmp_path / "files.json"
+    arguments = ["--end-to-end", "--rehearse", "--folder", str(tmp_path), "--out", str(out)]
+    assert bench_gpu.main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert {(r["method"], r["cached"]) for r in result["rows"]} == {
+        (m, c) for m in gpu_files.METHODS for c in (True, False)
+    }
+    assert all(r["equal"] and r["seconds"] > 0 for r in result["rows"])
+    moved = {r["method"]: r["bytes_read"] for r in result["rows"]}
+    assert moved["ties"] * gpu_files.EXPERTS == moved["linear"] * (gpu_files.EXPERTS + 1)
+
+
+def test_a_wrong_byte_of_a_whole_merge_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_files, "_mergekit", lambda *_: None)
+    monkeypatch.setattr(gpu_files, "METHODS", {"linear": "weight: 0.5"})
+    sums = iter(({"a": 1}, {"a": 2}, {"a": 1}))
+    monkeypatch.setattr(gpu_files, "checksums", lambda folder: next(sums))
+    out = tmp_path / "files.json"
+    arguments = ["--end-to-end", "--rehearse", "--folder", str(tmp_path), "--out", str(out)]
+    assert bench_gpu.main(arguments) == 1
+    assert [r["equal"] for r in json.loads(out.read_text())["rows"]] == [False, True]

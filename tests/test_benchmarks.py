@@ -26,11 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def synthetic(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return benchmarks/families.py with a small pool of random numbers."""
-    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "benchmarks" / "families.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Return benchmarks/synthetic.py with a small pool of random numbers."""
+    module = importlib.import_module("synthetic")
     monkeypatch.setattr(module, "POOL", (1 << 16) + 43)
     return module
 
@@ -38,7 +35,6 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def bench_merge(synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return benchmarks/bench_merge.py, cut short."""
-    monkeypatch.setitem(sys.modules, "families", synthetic)
     monkeypatch.delitem(sys.modules, "bench_merge", raising=False)
     monkeypatch.setattr(bench, "COPIED", 1 << 20)
     module = importlib.import_module("bench_merge")

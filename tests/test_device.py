@@ -217,6 +217,10 @@ def test_plan_for_a_card_says_what_limits_the_merge(family: Path) -> None:
     )
     (copying,) = (s for s in forecast["stages"] if s["name"] == "copy in")
     assert copying["seconds"] == pytest.approx(moved / 25e9, rel=1e-3)
+    options = ("--device", "cuda:H100", "--read-rate", "7G", "--one-disk", "--json")
+    shared = json.loads(run("plan", recipe, *options)[1])["forecast"]
+    assert shared["limit"] == "disk"
+    assert shared["stages"][0]["seconds"] == pytest.approx(moved * 1.25 / 7e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -181,3 +182,18 @@ def test_profile(family: Path) -> None:
     assert len(printed.splitlines()) == len(lines)
     for line, other in zip(lines, printed.splitlines(), strict=True):
         assert line.split()[0] == other.split()[0] and len(line) <= 80
+
+
+def test_transfers_that_are_dropped_say_so(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    arena = _cpu.Arena(1 << 20)
+    with file.open("rb") as f:
+        segment = (f.fileno(), -1, 0, 1 << 20, arena.address)
+        transfers = _cpu.Transfers(False, 1)
+        tickets = [transfers.submit([segment] * 50) for _ in range(20)]
+        transfers.close()
+        errors = [transfers.wait(t)[0] for t in tickets]
+        late = transfers.wait(transfers.submit([segment]))[0]
+    assert errors[-1] is not None and errors[-1][0] == errno.ECANCELED
+    assert late is not None and late[0] == errno.ECANCELED

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import agreement
 import cases
@@ -22,6 +23,7 @@ import torch
 
 import fastmerge
 from fastmerge import ops
+from fastmerge.backends import streamed_order
 from fastmerge.backends import triton as backend
 from fastmerge.errors import BackendError
 from fastmerge.evaluate import Operands, run_walks
@@ -257,6 +259,11 @@ def test_rank_cuts_are_exact(
             kernels, held, OrderStatistic(of="variance", fraction_of_nonzero=0.3), limit
         )
     agreement.check_statistic(kernels, held, OrderStatistic([[100]], all_ties=True))
+    with patch.object(streamed_order, "SMALLEST", 1), patch.object(streamed_order, "RUN", 16):
+        for limit in (4001, 333):
+            agreement.check_statistic(kernels, held, OrderStatistic([[1, 4000, n - 1]]), limit)
+        variance = OrderStatistic(of="variance", fraction_of_nonzero=0.3)
+        agreement.check_statistic(kernels, held, variance, 4001)
 
 
 def test_cuts_over_a_whole_model() -> None:

@@ -37,6 +37,10 @@ int64_t Transfers::submit(const std::vector<Segment>& segments) {
     const int64_t ticket = next_++;
     Job& job = jobs_[ticket];
     job.sums.assign(segments.size(), 0);
+    if (stop_) {
+        job.error = {true, ECANCELED, {}, 0};
+        return ticket;
+    }
     for (size_t i = 0; i < segments.size(); ++i)
         for (int64_t done = 0, end; done < segments[i].n_bytes; done = end) {
             Segment s = segments[i];
@@ -71,7 +75,11 @@ void Transfers::close() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
-        for (const auto& piece : queue_) --jobs_[piece.first].left;
+        for (const auto& piece : queue_) {
+            Job& job = jobs_[piece.first];
+            --job.left;
+            if (!job.error.failed) job.error = {true, ECANCELED, piece.second, 0};
+        }
         queue_.clear();
     }
     ready_.notify_all();

@@ -55,7 +55,8 @@ class Transfers {
     bool is_done(int64_t ticket);
     /// Seconds that the threads spent moving bytes so far, all added up.
     double busy_seconds() const { return double(busy_ns_.load()) * 1e-9; }
-    /// Drop what has not started and wait for what has.
+    /// Drop what has not started and wait for what has. Whoever waits for what is dropped, or submits
+    /// afterwards, gets ECANCELED.
     void close();
 
   private:

@@ -64,13 +64,18 @@ class Chunk:
 class Sweep(Protocol):
     """One statistic, fed chunk by chunk in ascending order of index.
 
-    Feed all chunks, then call `next_pass`: true asks for all chunks again. Then `result`.
+    Feed all chunks, then call `next_pass`: true asks for another pass. Then `result`.
     A sweep is over one tensor, except order statistics of model scope, which are fed every tensor of the
     model with its `offset` in the model's flattened order.
     """
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None: ...
     def next_pass(self) -> bool: ...
+    def wanted(self) -> Sequence[tuple[int, int]] | None:
+        """Return the ranges [start, stop) of elements, ascending, that the coming pass is to be fed; None:
+        all. Who has everything in one chunk may feed that in the first pass instead, and is then done."""
+        return None
+
     def result(self) -> Any: ...
 
 

@@ -72,7 +72,7 @@ def _lower(walk: Walk) -> tuple[_cpu.Walk, Sequence[Any]]:
     return lower_walk(_cpu, walk, keep), owned
 
 
-class _Order:
+class _Order(Sweep):
     def __init__(self, request: OrderStatistic, n: int, cols: int, k: int, compute: DType) -> None:
         variance = request.of == "variance"
         self._axis = Axis.ROW if request.scope == "row" else Axis.TENSOR
@@ -99,7 +99,7 @@ class _Order:
         return [Cut(value, last, self._axis) for value, last in self._sweep.result()]
 
 
-class _Moments:
+class _Moments(Sweep):
     def __init__(
         self, request: Moments, k: int, compute: DType, decided: _cpu.Decided | None
     ) -> None:
@@ -119,7 +119,7 @@ class _Moments:
         return MomentResult(*self._sweep.result().T)
 
 
-class _Gram:
+class _Gram(Sweep):
     def __init__(self, request: Gram, n: int, cols: int, k: int, compute: DType) -> None:
         self._k, self._delta = k, request.delta
         self._sweep = _cpu.GramSweep(k, int(request.axis), n, cols, compute is DType.F64)
@@ -139,7 +139,7 @@ class _Gram:
         return full
 
 
-class _SignBalance:
+class _SignBalance(Sweep):
     def __init__(self, request: SignBalance) -> None:
         self._walk, self._owned = _lower(
             Walk(coefficient=request.coefficient, keep=request.keep, elect=request.elect)

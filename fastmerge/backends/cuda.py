@@ -16,6 +16,7 @@ import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
 from fastmerge.backends.lowering import given_masks, lower_keep, lower_operands, lower_walk
+from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
@@ -206,12 +207,22 @@ class CudaKernels(Kernels):
         import torch
 
         k = len(chunk.experts)
-        keys = queue.empty(k, chunk.n, dtype="int64" if _is_f64(chunk) else "int32")
-        queue.run("order_keys", batch, keys.data_ptr())
+        keys = self._write_keys(queue, batch, chunk)
         units = keys.view(k, chunk.n // unit, unit)
         order = torch.sort(units, dim=-1, stable=True).indices
         places = torch.arange(unit, dtype=torch.int32, device=queue.device).expand_as(order)
         return torch.empty_like(places.contiguous()).scatter_(-1, order, places).view(k, chunk.n)
+
+    def _write_keys(self, queue: _Queue, batch: Any, chunk: Chunk) -> Tensor:
+        """Return [K, n] int32 or int64: the order keys of each expert's deltas."""
+        dtype = "int64" if _is_f64(chunk) else "int32"
+        keys = queue.empty(len(chunk.experts), chunk.n, dtype=dtype)
+        queue.run("order_keys", batch, keys.data_ptr())
+        return keys
+
+    def _order_keys(self, chunk: Chunk) -> Tensor:
+        queue = self._queue()
+        return self._write_keys(queue, self._keep_batch(queue, Keep(), chunk, _Ranks()), chunk)
 
     def _decided(self, queue: _Queue, keep: Keep, chunk: Chunk) -> tuple[Keep, _Ranks]:
         """Return plain keep stages and their ranks: what needs a second look is decided, a bit each."""
@@ -295,7 +306,16 @@ class CudaKernels(Kernels):
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
     ) -> Sweep:
         if isinstance(statistic, OrderStatistic):
-            return _Order(self, statistic, n, cols, n_experts, compute)
+            request: OrderStatistic = statistic
+
+            def passes() -> Sweep:
+                return _Order(self, request, n, cols, n_experts, compute)
+
+            # The variance has no keys of its own: its digits are counted.
+            if request.scope == "row" or request.of == "variance" or not StreamedOrder.pays(n):
+                return passes()
+            wide = compute is DType.F64
+            return StreamedOrder(request, n, n_experts, wide, self._order_keys, passes)
         if isinstance(statistic, Moments):
             return _Moments(self, statistic, n, n_experts)
         if isinstance(statistic, Gram):
@@ -303,7 +323,7 @@ class CudaKernels(Kernels):
         return _SignBalance(self, statistic)
 
 
-class _OnePass:
+class _OnePass(Sweep):
     """A statistic that is fed everything once."""
 
     def __init__(self, kernels: CudaKernels) -> None:
@@ -448,7 +468,7 @@ class _SignBalance(_OnePass):
         return int(self._balance.item())
 
 
-class _Order:
+class _Order(Sweep):
     """Rank cuts: a pass per digit of the key, one to count the last digit's equals, one to find the tie.
 
     A tensor that comes whole takes all passes at once; so does a row, or a short tensor, in one launch.

@@ -308,7 +308,7 @@ def _merged(walk: Walk, tile: _Tile, base: Tensor | None) -> Tensor:
 # ---- statistics ----------------------------------------------------------------------------------
 
 
-class _StoredSweep:
+class _StoredSweep(Sweep):
     """Keeps all deltas and computes the statistic at the end, so that chunks cannot matter.
 
     Each tile comes with its tensor's offset in the model. `use_base` off keeps values, not deltas.

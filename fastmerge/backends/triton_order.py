@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.backends import Chunk
+from fastmerge.backends import Chunk, Sweep
 from fastmerge.backends.triton_plan import INF_KEY, real_words, sliced, values_of_keys
 from fastmerge.stages import Axis, Cut, OrderStatistic
 
@@ -111,7 +111,7 @@ class _Search:
         self.quota = 0
 
 
-class OrderSweep:
+class OrderSweep(Sweep):
     """Cuts of ranks. A unit that comes whole is done at once; else every pass is fed again."""
 
     def __init__(

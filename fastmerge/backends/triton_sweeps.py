@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.backends import Chunk
+from fastmerge.backends import Chunk, Sweep
 from fastmerge.backends.triton_plan import (
     SPAN,
     lower_keep,
@@ -162,7 +162,7 @@ TERMS = {"abs": 0, "square": 1}
 PRODUCT = 2
 
 
-class MomentSweep:
+class MomentSweep(Sweep):
     def __init__(self, kernels: TritonKernels, request: Moments, k: int, wide: bool) -> None:
         self._kernels, self._of, self._wide = kernels, request.of, wide
         self._plan = None if request.keep == Keep() else lower_keep(request.keep, k, wide)
@@ -201,7 +201,7 @@ class MomentSweep:
         return MomentResult(values[:, 0].copy(), values[:, 0 if self._plan is None else 1].copy())
 
 
-class GramSweep:
+class GramSweep(Sweep):
     def __init__(
         self, kernels: TritonKernels, request: Gram, n: int, cols: int, k: int, wide: bool
     ) -> None:
@@ -293,7 +293,7 @@ class GramSweep:
         return full
 
 
-class BalanceSweep:
+class BalanceSweep(Sweep):
     def __init__(self, kernels: TritonKernels, request: SignBalance, k: int, wide: bool) -> None:
         walk = Walk(coefficient=request.coefficient, keep=request.keep, elect=request.elect)
         self._kernels = kernels

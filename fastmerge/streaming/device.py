@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import importlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -130,9 +131,7 @@ class HostDevice:
         self._lock = threading.Lock()
 
     def free_bytes(self) -> int:
-        from fastmerge.budget import available_memory
-
-        return available_memory() // 2
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
     def allocate(self, n_bytes: int) -> Memory:
         from fastmerge import _cpu

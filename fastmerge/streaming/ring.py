@@ -67,7 +67,7 @@ class Ring:
 
     def take(self, size: int) -> int | None:
         """Return the offset of `size` bytes, a multiple of `unit`; None while there is no room."""
-        size = -(-max(size, 1) // self._unit) * self._unit
+        size = self._rounded(size)
         if size > self.capacity:
             raise MemoryError(f"{size} bytes do not fit a ring of {self.capacity}")
         at = self._place(size)
@@ -75,6 +75,13 @@ class Ring:
             self._held.append((at, size))
             self._head = at + size
         return at
+
+    def has_room(self, size: int) -> bool:
+        """Return whether `take` would find room."""
+        return self._place(self._rounded(size)) is not None
+
+    def _rounded(self, size: int) -> int:
+        return -(-max(size, 1) // self._unit) * self._unit
 
     def give_back(self) -> None:
         """Give the oldest region back."""

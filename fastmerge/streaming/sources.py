@@ -26,8 +26,9 @@ class Io(str, Enum):
     mmap:     inputs are mapped, pages brought in ahead of the kernels; no copy. Best when they are cached.
     direct:   inputs are read past the page cache. Best when they are not.
     buffered: inputs and output go through the page cache, and what was not in it before is dropped again.
+    gds:      inputs are read straight into the GPU's memory, by kvikio, where GPUDirect Storage works.
     auto:     mmap if all inputs are in the page cache, else direct for those that are not. For a device:
-              through the page cache what is in it, direct what is not.
+              through the page cache what is in it, direct what is not; gds where it works and nothing is.
     In all but buffered the output is written past the page cache, where the file system can.
     """
 
@@ -35,6 +36,7 @@ class Io(str, Enum):
     MMAP = "mmap"
     DIRECT = "direct"
     BUFFERED = "buffered"
+    GDS = "gds"
 
 
 @dataclass
@@ -84,15 +86,21 @@ class Sources:
 
     def __init__(self, files: Iterable[Path], io: Io = Io.AUTO, *, may_map: bool = True) -> None:
         self.io = io
+        self._auto = io is Io.AUTO
+        if io is Io.GDS and may_map:
+            raise RecipeError(
+                "io gds reads into a GPU's memory; give --device cuda, or choose auto"
+            )
         if io is Io.MMAP and not may_map:
             raise RecipeError(
                 "io mmap merges in the files' own memory, which a device does not read; "
                 "choose auto, direct or buffered"
             )
         if io is Io.AUTO:
+            files = tuple(files)
             warm = may_map and all(map(_is_warm_or_gone, files))
             self.io = Io.MMAP if warm else Io.DIRECT
-        self._auto = io is Io.AUTO
+        self.files = tuple(files)
         self._open: dict[Path, Source] = {}
         self._lost = _cpu.lost_pages()
 

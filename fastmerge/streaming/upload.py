@@ -13,10 +13,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.ring import ALIGNMENT, Reader, Ring, Run
+from fastmerge.streaming.sources import Sources
 
 T = TypeVar("T")
 
@@ -42,17 +43,28 @@ class _Stopped(Exception):
     """The merging thread wants no more."""
 
 
-class Uploader:
-    """As `Reader`, with the bytes in a device's memory, in the order of its compute stream.
+#: (item, address of each of its runs, when they are there) in order; an error; None at the end.
+Filled: TypeAlias = "queue.SimpleQueue[tuple[T, list[int], Event] | BaseException | None]"
 
-    reader: reads into pinned memory; its fence must be this device's copy-in stream.
+
+def placed(runs: Sequence[Run]) -> tuple[list[int], int]:
+    """Return the offset of each run of an item in its region, and the region's size."""
+    offsets, size = [], 0
+    for _, _, n in runs:
+        offsets.append(size)
+        size += device_room(n)
+    return offsets, size
+
+
+class DeviceIntake:
+    """Brings items into a ring of a device's memory, by a thread of its own; subclasses say how.
+
     memory: of the device, for the ring.
-    block:  bytes that are read and copied at a time, about.
     """
 
-    def __init__(self, reader: Reader, device: Device, memory: Memory, block: int) -> None:
-        self._reader, self._device, self._block = reader, device, block
-        self.sources = reader.sources
+    def __init__(self, sources: Sources, device: Device, memory: Memory) -> None:
+        self.sources = sources
+        self._device = device
         self.memory = memory
         self.waited = 0.0  # seconds that the merging thread had nothing queued for it
         self.ring = Ring(memory.n_bytes, ALIGNMENT)
@@ -62,22 +74,22 @@ class Uploader:
 
     @property
     def n_threads(self) -> int:
-        return self._reader.n_threads
+        """How many threads read."""
+        raise NotImplementedError
 
     @property
     def busy_seconds(self) -> float:
-        return self._reader.busy_seconds
+        """Seconds that they spent reading, all added up."""
+        raise NotImplementedError
 
     def resize(self, capacity: int) -> None:
         """Keep the memory: what a device has is taken once."""
 
     def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
-        """Yield (item, device address of each of its runs) in order; see `Reader.sweep`.
-
-        `loads` is consumed by another thread.
+        """Yield (item, device address of each of its runs), in the order of the compute stream; see
+        `Reader.sweep`. `loads` is consumed by another thread.
         """
-        filled: queue.SimpleQueue[tuple[T, list[int], Event] | BaseException | None]
-        filled = queue.SimpleQueue()
+        filled: Filled[T] = queue.SimpleQueue()
         self._stop = False
         thread = threading.Thread(target=self._run, args=(loads, filled), name="upload")
         thread.start()
@@ -103,18 +115,67 @@ class Uploader:
                 self._changed.notify()
             thread.join()
 
-    # ---- in the uploading thread -----------------------------------------------------------------
+    # ---- in the thread that brings them -----------------------------------------------------------
 
-    def _run(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: queue.SimpleQueue) -> None:  # type: ignore[type-arg]
+    def _run(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: Filled[T]) -> None:
         try:
-            self._upload(loads, filled)
+            self._fill(loads, filled)
             filled.put(None)
         except _Stopped:
             pass
         except BaseException as error:  # the merging thread raises it
             filled.put(error)
 
-    def _upload(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: queue.SimpleQueue) -> None:  # type: ignore[type-arg]
+    def _fill(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: Filled[T]) -> None:
+        """Bring all items and put them, in order."""
+        raise NotImplementedError
+
+    def _take(self, size: int) -> int:
+        """Return the offset of a region; what fills it waits for the kernels that still read it."""
+        while (at := self.ring.take(size)) is None:
+            with self._changed:
+                while not self._freed and not self._stop:
+                    self._changed.wait()
+                if self._stop:
+                    raise _Stopped
+                event = self._freed.popleft()
+            self._reuse(event)
+            self.ring.give_back()
+        return at
+
+    def _reuse(self, event: Event) -> None:
+        """Let nothing be written to a region before its event."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._device.close()
+        self._device.release(self.memory)
+
+
+class Uploader(DeviceIntake):
+    """By way of pinned host memory: reads, then copies over the link.
+
+    reader: reads into pinned memory; its fence must be this device's copy-in stream.
+    block:  bytes that are read and copied at a time, about.
+    """
+
+    def __init__(self, reader: Reader, device: Device, memory: Memory, block: int) -> None:
+        super().__init__(reader.sources, device, memory)
+        self._reader, self._block = reader, block
+
+    @property
+    def n_threads(self) -> int:
+        return self._reader.n_threads
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._reader.busy_seconds
+
+    def close(self) -> None:
+        super().close()
+        self._reader.close()
+
+    def _fill(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: Filled[T]) -> None:
         at = 0
         for block, sources in self._reader.sweep(self._blocks(loads)):
             if block.is_first:
@@ -127,18 +188,8 @@ class Uploader:
             if self._stop:
                 raise _Stopped
 
-    def _take(self, size: int) -> int:
-        """Return the offset of a region; the copying stream waits for the kernels that still read it."""
-        while (at := self.ring.take(size)) is None:
-            with self._changed:
-                while not self._freed and not self._stop:
-                    self._changed.wait()
-                if self._stop:
-                    raise _Stopped
-                event = self._freed.popleft()
-            self._device.follow(Stream.COPY_IN, event)
-            self.ring.give_back()
-        return at
+    def _reuse(self, event: Event) -> None:
+        self._device.follow(Stream.COPY_IN, event)  # the host goes on
 
     def _blocks(
         self, loads: Iterable[tuple[T, Sequence[Run]]]
@@ -147,26 +198,19 @@ class Uploader:
         for item, runs in loads:
             block: _Block[T] = _Block(item, 0, [], [], is_first=True)
             parts: list[Run] = []
-            starts, size, held = [], 0, 0
-            for file, first, n in runs:
+            starts, size = placed(runs)
+            block.size, held = size, 0
+            for (file, first, n), start in zip(runs, starts, strict=True):
                 for done, step in _steps(first, n, self._block):
                     if held + step > self._block:
-                        block.size = sum(device_room(n) for _, _, n in runs)
                         yield block, parts
                         block, parts, held = _Block(item, 0, [], []), [], 0
                     parts.append((file, first + done, step))
-                    block.offsets.append(size + done)
+                    block.offsets.append(start + done)
                     block.lengths.append(step)
                     held += step
-                starts.append(size)
-                size += device_room(n)
-            block.size, block.item_offsets = size, starts
+            block.item_offsets = starts
             yield block, parts
-
-    def close(self) -> None:
-        self._device.close()
-        self._device.release(self.memory)
-        self._reader.close()
 
 
 def _steps(first: int, n: int, block: int) -> Iterator[tuple[int, int]]:
@@ -195,4 +239,4 @@ def _joined(block: _Block[T], at: int, sources: Sequence[int]) -> Iterator[tuple
         yield target, source, n
 
 
-__all__ = ["Uploader", "device_room"]
+__all__ = ["DeviceIntake", "Uploader", "device_room"]
