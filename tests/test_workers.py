@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import families
@@ -273,6 +274,20 @@ class TestAssignments:
         want = merged(family, "ties", tmp_path / "one" / "out")
         assert self.check(family, tmp_path / "two" / "out", flush=True) == want
 
+    def test_a_worker_is_bound_to_the_processors_beside_its_device(
+        self, family: Path, tmp_path: Path
+    ) -> None:
+        bound: list[object] = []
+        with (
+            patch.object(
+                stand_ins.HostGpus, "pci_address", lambda self, index: f"0000:0{index}:00.0"
+            ),
+            patch("fastmerge.workers.near_cpus", {"0000:01:00.0": {4, 5}}.get),
+            patch("fastmerge.workers.bind", bound.append),
+        ):
+            self.check(family, tmp_path / "out", device="cuda:1", max_memory=6 << 30)
+        assert bound == [{4, 5}]
+
     def test_another_merge_is_refused(self, family: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         plan = fastmerge.plan(family / "ties.yaml")
@@ -430,6 +445,18 @@ def test_processors_beside_a_device(sysfs: Path) -> None:
 )
 def test_lists_of_processors(text: str, cpus: set[int]) -> None:
     assert numa.parse_cpu_list(text) == cpus
+
+
+def test_where_torch_says_that_a_device_hangs() -> None:
+    found = gpus.TorchGpus()
+    found._cuda = SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(
+            pci_domain_id=1, pci_bus_id=0x3B + index, pci_device_id=0
+        )
+    )
+    assert found.pci_address(1) == "0001:3c:00.0"
+    found._cuda = SimpleNamespace(get_device_properties=lambda index: SimpleNamespace())
+    assert found.pci_address(0) is None
 
 
 def test_binding_holds_for_threads_that_run_already() -> None:
