@@ -34,7 +34,15 @@ _HOMES = {
     "list_methods": ("fastmerge.registry", "methods"),
 }
 
-__all__ = ["MergeError", "list_methods", "merge", "merge_state_dicts", "merge_tensors", "ops", "plan"]
+__all__ = [
+    "MergeError",
+    "list_methods",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "ops",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The way of a merge's bytes, opened as a budget says: from files to kernels and back, by way of a device or not.
+"""The way of a merge's bytes, from files to kernels and back, by way of a device or not.
 
 Where the rings, threads and streams of this package come together; `Engine` sees a reader and a writer.
 """
@@ -95,9 +95,7 @@ def device_route(
             reader.close()
         _unpin(device, pinned)
         raise
-    return Route(
-        intake, Downloader(writer, device, results, sizes.block), device, pinned, warnings
-    )
+    return Route(intake, Downloader(writer, device, results, sizes.block), device, pinned, warnings)
 
 
 def _reads_straight(sources: Sources, device: Device, io: Io) -> bool:
