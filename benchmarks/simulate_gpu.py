@@ -188,14 +188,17 @@ def replay(
         chunk_elements=kernels.chunk_elements, disks=lambda writes: writing if writes else reading,
     )  # fmt: skip
     report = engine.run()
+    names = ("drive", "drive") if one_drive else ("drive, reads", "drive, writes")
     drives = [
         Span(lane, lane, start, end, n)
-        for lane, disk in (("drive, reads", reading), ("drive, writes", writing))
+        for lane, disk in zip(names, (reading, writing), strict=True)
         for start, end, n in disk.spans()
     ]
     spans = [*drives, *report.spans]
-    lanes = ("drive, reads", "copy in", "compute", "copy out", "drive, writes")
-    rates = card_rates(known, (read_rate, "given"), (write_rate, "given"))
+    lanes = dict.fromkeys((names[0], "copy in", "compute", "copy out", names[1]))
+    rates = replace(
+        card_rates(known, (read_rate, "given"), (write_rate, "given")), one_disk=one_drive
+    )
     return Replay(
         plan, forecast(plan, rates), report.seconds,
         {lane: busy_seconds(spans, lane) for lane in lanes}, spans,
@@ -233,7 +236,7 @@ def draw(done: Replay, path: Path, title: str, window: float | None = None) -> N
     labels = {"merging": "host: recipes"}
     origin = min(s.start for s in done.spans)
     colours = dict(
-        zip(lanes, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"), strict=True)
+        zip(lanes, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"), strict=False)
     )
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 6.2), constrained_layout=True)
     whole = max(s.end for s in done.spans) - origin

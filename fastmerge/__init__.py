@@ -4,7 +4,7 @@ fastmerge.merge("recipe.yaml", "out")                       model folders, as th
 fastmerge.plan("recipe.yaml")                               what that would read, write and need
 fastmerge.merge_tensors(base, [a, b], method="ties", ...)   torch tensors or numpy arrays
 fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in memory
-fastmerge.methods()                                         every method with its parameters
+fastmerge.list_methods()                                    every method with its parameters
 fastmerge.ops                                               statistics, masks and the fused walk
 """
 
@@ -22,18 +22,27 @@ if TYPE_CHECKING:
     from fastmerge.api import merge_tensors as merge_tensors
     from fastmerge.api import plan as plan
     from fastmerge.errors import MergeError as MergeError
-    from fastmerge.registry import methods as methods
+    from fastmerge.registry import methods as list_methods
 
+#: Public name -> (module, name there). `fastmerge.methods` is the package of them once one is used.
 _HOMES = {
-    "merge": "fastmerge.api",
-    "merge_state_dicts": "fastmerge.api",
-    "merge_tensors": "fastmerge.api",
-    "plan": "fastmerge.api",
-    "MergeError": "fastmerge.errors",
-    "methods": "fastmerge.registry",
+    "merge": ("fastmerge.api", "merge"),
+    "merge_state_dicts": ("fastmerge.api", "merge_state_dicts"),
+    "merge_tensors": ("fastmerge.api", "merge_tensors"),
+    "plan": ("fastmerge.api", "plan"),
+    "MergeError": ("fastmerge.errors", "MergeError"),
+    "list_methods": ("fastmerge.registry", "methods"),
 }
 
-__all__ = ["MergeError", "merge", "merge_state_dicts", "merge_tensors", "methods", "ops", "plan"]
+__all__ = [
+    "MergeError",
+    "list_methods",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "ops",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,5 +50,6 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("fastmerge.ops")
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, known_as = _HOMES[name]
+        return getattr(importlib.import_module(module), known_as)
     raise AttributeError(f"module 'fastmerge' has no attribute {name!r}")

@@ -331,7 +331,7 @@ def methods() -> None:
 
     base = state(1.0)
     experts = [state(0.02, base) for _ in range(2)]
-    for name, spec in fastmerge.methods().items():
+    for name, spec in fastmerge.list_methods().items():
         origin = base if spec.base != "ignored" else None
         needed = experts[:1] if spec.base_is_operand else experts
         given = {p.name: 0.3 for p in spec.params if p.name in ("t", "weight", "density")}

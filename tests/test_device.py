@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import fastmerge
-from fastmerge import budget, ops
+from fastmerge import api, budget, ops
 from fastmerge.backends import Kernels
 from fastmerge.cli import main
 from fastmerge.errors import CheckpointError, DeviceError, DeviceMemoryError, NonFiniteError
@@ -297,3 +297,17 @@ def _headers(family: Path) -> int:
     for file in (family / "profiled").glob("*.safetensors"):
         total += 8 + int.from_bytes(file.read_bytes()[:8], "little")
     return total
+
+
+def test_a_device_at_hand_is_measured(family: Path) -> None:
+    recipe = family / "ties.yaml"
+    recipe.write_text(families.recipe("ties"))
+    device = HostDevice()
+    plan = fastmerge.plan(recipe, device=device)
+    told = api.forecast(plan, device)
+    assert [s.name for s in told.stages] == ["read", "copy in", "kernels", "copy out", "write"]
+    assert all(1e8 < s.rate < 1e13 and s.seconds > 0 for s in told.stages)
+    assert told.seconds == max(s.seconds for s in told.stages) + told.fill
+    assert {s.origin for s in told.stages} == {
+        "measured here", "measured on cpu, pinned", "measured on cpu", "taken to be as reading",
+    }  # fmt: skip

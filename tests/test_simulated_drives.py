@@ -179,7 +179,7 @@ def test_every_method_runs_on_kernels_that_only_take_time(monkeypatch: pytest.Mo
     entry = ops.Entry("cpu", ("cpu",), "simulated", lambda: None, lambda device: kernels)
     monkeypatch.setattr(ops, "BACKENDS", (entry,))
     state = {"a": torch.ones(24, 40), "b": torch.ones(40), "c": torch.ones(())}
-    for name, spec in fastmerge.methods().items():
+    for name, spec in fastmerge.list_methods().items():
         origin = state if spec.base != "ignored" else None
         experts = [state] if spec.base_is_operand else [state, state]
         given = {p.name: 0.3 for p in spec.params if p.name in ("t", "weight", "density")}
