@@ -1,8 +1,9 @@
 """Two "GPUs" on host memory for tests of workers, which load them by name: see `gpus.DRIVER`.
 
 What befalls a worker is told by files in the folder that FASTMERGE_TEST_FAULTS names: `die`, `stall` or
-`full`, holding a number n. The first worker that comes to its nth copy back removes the file, and dies a
-second later, waits for ever, or finds the disk full.
+`full`, holding a number n. The first worker that comes to its nth copy back removes the file, and dies, waits
+for ever, or finds the disk full. `die` may name a journal as well: until others have noted parts there, it
+does not.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ class FaultyDevice(HostDevice):
     def copy(self, stream: Stream, target: int, source: int, n: int) -> None:
         if stream is Stream.COPY_OUT:
             self._copies += 1
-            if self._is_due("die"):
-                time.sleep(1)  # others get ahead meanwhile
+            if (journal := self._due("die")) is not None:
+                while journal and len(Path(journal).read_text().splitlines()) < 4:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self._is_due("stall"):
+            if self._due("stall") is not None:
                 time.sleep(600)
-            if self._is_due("full"):
+            if self._due("full") is not None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         super().copy(stream, target, source, n)
 
-    def _is_due(self, fault: str) -> bool:
+    def _due(self, fault: str) -> str | None:
+        """Return what a fault's file says behind its number, if it is to happen now."""
         folder = os.environ.get(FAULTS)
         if folder is None:
-            return False
+            return None
         file = Path(folder) / fault
         with suppress(OSError, ValueError):
-            if self._copies >= int(file.read_text()):
+            number, _, rest = file.read_text().partition(" ")
+            if self._copies >= int(number):
                 file.unlink()  # one of several fails here: the fault is the other's
-                return True
-        return False
+                return rest
+        return None
 
 
 class HostGpus:

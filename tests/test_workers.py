@@ -129,7 +129,7 @@ class TestFaults:
     ) -> None:
         want = merged(family, "dare_ties", tmp_path / "one" / "out")
         out = tmp_path / "two" / "out"
-        (faults / "die").write_text("3")
+        (faults / "die").write_text(f"3 {out / JOURNAL}")
         with pytest.raises(WorkerError) as error:
             merge(family, "dare_ties", out, TWO)
         assert not (faults / "die").exists()
@@ -146,7 +146,7 @@ class TestFaults:
     ) -> None:
         want = merged(family, "ties_model", tmp_path / "one" / "out")
         out = tmp_path / "two" / "out"
-        (faults / "die").write_text("3")
+        (faults / "die").write_text(f"3 {out / JOURNAL}")
         with pytest.raises(WorkerError):
             merge(family, "ties_model", out, TWO)
         parted = tmp_path / "three" / "out"
