@@ -18,17 +18,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastmerge import ops as ops
     from fastmerge.api import merge as merge
-    from fastmerge.api import merge_state_dicts as merge_state_dicts
-    from fastmerge.api import merge_tensors as merge_tensors
     from fastmerge.api import plan as plan
     from fastmerge.errors import MergeError as MergeError
     from fastmerge.registry import methods as list_methods
+    from fastmerge.tensors import merge_state_dicts as merge_state_dicts
+    from fastmerge.tensors import merge_tensors as merge_tensors
 
 #: Public name -> (module, name there). `fastmerge.methods` is the package of them once one is used.
 _HOMES = {
     "merge": ("fastmerge.api", "merge"),
-    "merge_state_dicts": ("fastmerge.api", "merge_state_dicts"),
-    "merge_tensors": ("fastmerge.api", "merge_tensors"),
+    "merge_state_dicts": ("fastmerge.tensors", "merge_state_dicts"),
+    "merge_tensors": ("fastmerge.tensors", "merge_tensors"),
     "plan": ("fastmerge.api", "plan"),
     "MergeError": ("fastmerge.errors", "MergeError"),
     "list_methods": ("fastmerge.registry", "methods"),

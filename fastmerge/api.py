@@ -4,44 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from fastmerge import forecast as _forecast
 from fastmerge import ops
-from fastmerge.backends import Chunk, Kernels
+from fastmerge.backends import Kernels
 from fastmerge.budget import DEVICE_SHARE, Target, default_memory, target_of
 from fastmerge.card import hub_id, model_card
 from fastmerge.cards import card_of
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
-from fastmerge.errors import ConflictError, DeviceError, NonFiniteError, RecipeError
+from fastmerge.errors import DeviceError, RecipeError
 from fastmerge.evaluate import (
-    ModelTensor,
-    Operands,
-    Ranges,
-    first_nonfinite,
-    resolve,
-    resolve_model,
-    run_walks,
+    check_nan_policy,
 )
 from fastmerge.forecast import Forecast
 from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.processes import Processes
 from fastmerge.provenance import MANIFEST, binding, manifest
-from fastmerge.recipe import Recipe, keyword_params, load_recipe
-from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get, methods
-from fastmerge.stages import Copy, GivenMask, Grain, Walk
+from fastmerge.recipe import Recipe, load_recipe
+from fastmerge.registry import methods
 from fastmerge.streaming import gpus
 from fastmerge.streaming.device import Device, TorchDevice
 from fastmerge.streaming.sources import Io
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 from fastmerge.streaming.trace import Trace, write_chrome_trace
+from fastmerge.tensors import merge_state_dicts, merge_tensors
 from fastmerge.workers import Assignment, Workers, clock_origin, merge_shared
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -183,7 +176,7 @@ def merge(
     Raises:
         MergeError: anything the caller can mend, in one line.
     """
-    _check_nan_policy(nan_policy)
+    check_nan_policy(nan_policy)
     if "://" in str(out):
         raise RecipeError(
             f"output {str(out)!r} is not a folder; merge into one, then copy it there"
@@ -352,11 +345,6 @@ def _io(io: Io | str) -> Io:
         raise RecipeError(f"io must be one of {', '.join(Io)}, got {io!r}") from None
 
 
-def _check_nan_policy(nan_policy: str) -> None:
-    if nan_policy not in ("error", "propagate"):
-        raise RecipeError(f"nan_policy must be error or propagate, got {nan_policy!r}")
-
-
 def _companions(
     decided: Plan, folder: OutputFolder, out: Path, copy_tokenizer: bool, write_model_card: bool
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
@@ -387,181 +375,6 @@ def _companions(
             dtype=main.torch,
         ).encode()
     return texts, copies
-
-
-# ---- tensors in memory -----------------------------------------------------------------------------
-
-
-def _spec_operands(
-    spec: MethodSpec, base: Any | None, experts: Sequence[Any]
-) -> tuple[Any | None, list[Any]]:
-    """Return (delta base, recipe operands) for a method."""
-    operands = list(experts)
-    delta_base = base
-    if spec.base_is_operand:
-        delta_base = None
-        if base is not None:
-            operands = [base, *operands] if spec.base == "required" else [*operands, base]
-    elif spec.base == "ignored":
-        delta_base = None
-    return delta_base, operands
-
-
-def merge_tensors(
-    base: ops.Tensor | None,
-    experts: Sequence[ops.Tensor],
-    *,
-    method: str,
-    backend: str | None = None,
-    seed: int = 0,
-    name: str = "tensor",
-    masks: Sequence[Any] | None = None,
-    nan_policy: str = "error",
-    chunk_elements: int | None = None,
-    **params: Any,
-) -> ops.Tensor:
-    """Merge one tensor of several models.
-
-    Args:
-        base: [...] float16, bfloat16, float32 or float64 torch tensor or numpy array, or None where
-            the method allows it.
-        experts: n_experts tensors of base's shape, on its device; any mix of types; strided ones are copied.
-            Tensors on a GPU are merged there, on torch's current stream.
-        method: a name from `methods()`; params: its parameters, per-expert ones as one value or a list.
-        seed, name: of the random drops; the same name and seed give the mask that a file merge draws.
-        masks: keep masks instead of random draws, one per expert, nonzero keeps.
-        nan_policy: error refuses NaN and infinity in the operands, propagate carries them through.
-    Returns:
-        Same kind, shape and device; dtype of base, or of the first expert.
-    Raises:
-        RecipeError: unknown method or parameter, value out of bounds. ConflictError: shapes or dtypes.
-        NonFiniteError: NaN or infinity in an operand; names it and the first flat index.
-    """
-    merged = merge_state_dicts(
-        None if base is None else {name: base},
-        [{name: e} for e in experts],
-        method=method,
-        backend=backend,
-        seed=seed,
-        masks=None if masks is None else {name: masks},
-        nan_policy=nan_policy,
-        chunk_elements=chunk_elements,
-        **params,
-    )
-    return merged[name]
-
-
-def merge_state_dicts(
-    base: Mapping[str, ops.Tensor] | None,
-    experts: Sequence[Mapping[str, ops.Tensor]],
-    *,
-    method: str,
-    backend: str | None = None,
-    seed: int = 0,
-    masks: Mapping[str, Sequence[Any]] | None = None,
-    nan_policy: str = "error",
-    chunk_elements: int | None = None,
-    **params: Any,
-) -> dict[str, ops.Tensor]:
-    """Merge whole state dicts in memory; see `merge_tensors`. All must hold the same names."""
-    _check_nan_policy(nan_policy)
-    spec = get(method)
-    delta_base, operands = _spec_operands(spec, base, experts)
-    resolved = keyword_params(spec, len(operands), base is not None, params)
-    first = operands[0] if delta_base is None else delta_base
-    jobs: list[tuple[str, ModelTensor, Operands, Any]] = []
-    n_model = sum(math.prod(t.shape) for t in first.values())
-    device = "cpu"
-    for key in sorted(first):
-        like = first[key]
-        buffers = _buffers(key, delta_base, operands)
-        shape = tuple(like.shape)
-        given = GivenMask(masks[key]) if masks and key in masks else None
-        context = TensorContext(
-            key, shape, len(operands), delta_base is not None, seed, n_model, given
-        )
-        cols = max(1, shape[-1]) if shape else 1
-        wide = any(b.dtype is DType.F64 for b in buffers)
-        compute = DType.F64 if wide else DType.F32
-        if jobs and buffers[0].device != device:
-            raise ConflictError(
-                f"{jobs[0][0]!r} is on {device} but {key!r} on {buffers[0].device}; "
-                "merge the tensors of each device on their own"
-            )
-        device = buffers[0].device
-        origin = buffers.pop(0) if delta_base is not None else None
-        tensor = ModelTensor(resolved, context, cols, compute)
-        jobs.append((key, tensor, Operands(origin, buffers, cols, compute), like))
-    kernels = ops.choose(device, backend)
-    limit = chunk_elements or kernels.chunk_elements
-    walks = _walks(kernels, spec, resolved, jobs, limit)
-    kernels = ops.choose(device, backend, walks)
-    out = {
-        key: ops.empty_like(like, (held.base or held.experts[0]).dtype)
-        for key, _, held, like in jobs
-    }
-    bad = run_walks(
-        kernels,
-        [
-            (walk, held, ops.buffer_of(out[key], key))
-            for (key, _, held, _), walk in zip(jobs, walks, strict=True)
-        ],
-        limit,
-    )
-    for (key, _, held, _), found in zip(jobs, bad, strict=True):
-        if found and nan_policy == "error":
-            _refuse_nonfinite(key, held)
-    return {key: out[key] for key in first}
-
-
-def _walks(
-    kernels: Any,
-    spec: MethodSpec,
-    params: Params,
-    jobs: Sequence[tuple[str, ModelTensor, Operands, Any]],
-    limit: int,
-) -> list[Walk | Copy]:
-    if spec.scope_for(params) is not Scope.MODEL:
-        return [resolve(kernels, spec, params, t.context, o, limit) for _, t, o, _ in jobs]
-
-    def visit(
-        feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
-    ) -> None:
-        for t in sorted(wanted):
-            held = jobs[t][2]
-            for a, b in wanted[t] or ((0, held.n),):
-                for _, chunk in held.slice(a, b).chunks(size, limit):
-                    feed(t, chunk)
-
-    return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
-
-
-def _refuse_nonfinite(key: str, held: Operands) -> None:
-    labels = (["base"] if held.base else []) + [f"experts[{k}]" for k in range(len(held.experts))]
-    for label, buffer in zip(labels, held.operands, strict=True):
-        index = first_nonfinite(buffer)
-        if index is not None:
-            raise NonFiniteError(
-                f"{key!r} of {label} holds NaN or infinity at flat index {index}; "
-                "mend it or give nan_policy='propagate'"
-            )
-
-
-def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
-    everything = ([] if base is None else [base]) + list(operands)
-    labels = ([] if base is None else ["base"]) + [f"experts[{k}]" for k in range(len(operands))]
-    buffers = []
-    for label, state in zip(labels, everything, strict=True):
-        if key not in state:
-            raise ConflictError(f"{key!r} is missing in {label}")
-        if tuple(state[key].shape) != tuple(everything[0][key].shape):
-            raise ConflictError(
-                f"{key!r} is {list(everything[0][key].shape)} in {labels[0]} but "
-                f"{list(state[key].shape)} in {label}"
-            )
-        buffers.append(ops.buffer_of(state[key], f"{key!r} of {label}"))
-    ops.one_device(buffers, [f"{key!r} of {label}" for label in labels])
-    return buffers
 
 
 __all__ = ["forecast", "merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]

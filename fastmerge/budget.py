@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from fastmerge.streaming.ring import ALIGNMENT, BLOCK, DIRECT_LEAST, READ_AHEAD
 
 if TYPE_CHECKING:
     from fastmerge.planner import Plan
-    from fastmerge.streaming.device import Device
+    from fastmerge.streaming.device import Device, Memory
 
 #: Results that wait to be written, at most, and the least memory for them.
 WRITE_BEHIND = 4
@@ -317,6 +317,30 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
         BLOCKS_OUT * (block + 2 * BLOCK),
     )
     return results + DEVICE_SCRATCH_BYTES + most
+
+
+def take_memory(plan: Plan, device: Device, warnings: list[str]) -> tuple[Memory, Memory]:
+    """Take the device memory of a plan, for operands and for results; with less, where another process was
+    quicker, which changes the plan and is told.
+
+    Raises:
+        DeviceMemoryError: there is too little for the smallest plan.
+    """
+    while True:
+        assert plan.device is not None
+        budget, operands = plan.device, None
+        try:
+            operands = device.allocate(budget.operands)
+            return operands, device.allocate(budget.results)
+        except DeviceMemoryError as error:
+            if operands is not None:
+                device.release(operands)
+            try:
+                less = replace(budget.target, memory=budget.limit // 2)
+                fit_device(plan, less, block=budget.block)
+            except RecipeError:
+                raise error from None
+            warnings.append(f"{error}; going on with {less.memory >> 20} MiB")
 
 
 def _usual(sizes: list[int]) -> int:

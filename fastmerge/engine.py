@@ -13,18 +13,18 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
 from typing import Protocol
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
 from fastmerge.backends.memory import copy_bytes, same_bytes
-from fastmerge.budget import DeviceBudget, fit_device
+from fastmerge.budget import take_memory
 from fastmerge.checkpoint import word_bytes
 from fastmerge.checkpoint.files import opened, read_at
 from fastmerge.dtypes import DType
-from fastmerge.errors import ConflictError, DeviceMemoryError, NonFiniteError, RecipeError
+from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
@@ -47,25 +47,12 @@ from fastmerge.jobs import (
 from fastmerge.planner import EMBEDDINGS, HEAD, Plan
 from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
-from fastmerge.streaming.device import Device, Event, Memory, Stream
-from fastmerge.streaming.download import Downloader
-from fastmerge.streaming.gpudirect import GpuDirectIntake
-from fastmerge.streaming.gpudirect import why_not as why_not_gds
-from fastmerge.streaming.ring import (
-    FEEDING_THREADS,
-    WRITING_THREADS,
-    Check,
-    Place,
-    Reader,
-    Run,
-    Transfers,
-    Writer,
-    Written,
-)
-from fastmerge.streaming.sources import Io, Sources, is_warm
+from fastmerge.streaming.device import Device, Memory
+from fastmerge.streaming.ring import WRITING_THREADS, Check, Place, Run, Written
+from fastmerge.streaming.route import Disks, Route, Sizes, device_route, host_route
+from fastmerge.streaming.sources import Io, Sources
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
 from fastmerge.streaming.trace import Span, Trace, busy_seconds
-from fastmerge.streaming.upload import DeviceIntake, Uploader
 
 #: Called with (tensor name, bytes done, bytes in all) as work proceeds; bytes are operands read.
 Progress = Callable[[str, int, int], None]
@@ -144,7 +131,7 @@ class Engine:
         progress: Progress | None = None,
         device: Device | None = None,
         walks: Mapping[str, Walk | Copy] | None = None,
-        disks: Callable[[bool], Transfers] | None = None,
+        disks: Disks | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.plan, self.kernels, self.out = plan, kernels, out
@@ -179,109 +166,35 @@ class Engine:
     def _working(self) -> Iterator[None]:
         """Hold memory and threads; report what was done with them."""
         self._started = time.perf_counter()
-        self._open()
+        route = self._open()
+        self.reader, self.writer = route.reader, route.writer
+        self.report.warnings += route.warnings
         try:
             with self.device.computing() if self.device else nullcontext():
                 yield
         finally:
-            self.writer.close()
-            self.reader.close()
-            self._unpin()
+            route.close()
         self.report.seconds = time.perf_counter() - self._started
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
         self.report.spans = [*self.trace.spans, *self._device_spans()]
 
-    def _open(self) -> None:
+    def _open(self) -> Route:
         """Take the memory and start the threads that `plan` asks for."""
         plan, device, budget = self.plan, self.device, self.plan.device
         files = {o.info.file for j in plan.jobs for o in j.operands}
         sources = Sources(sorted(files), self.io, may_map=device is None)
-        reads, writes = (self._disks(w) for w in (False, True)) if self._disks else (None, None)
-        self._pinned: list[int] = []
-        trace = self.trace
         if device is None or budget is None:
-            self.reader: Reader | DeviceIntake = Reader(
-                sources, plan.operand_bytes, transfers=reads, trace=trace
+            return host_route(
+                sources, plan.operand_bytes, plan.result_bytes, disks=self._disks, trace=self.trace
             )
-            self.writer: Writer | Downloader = Writer(
-                plan.result_bytes, transfers=writes, trace=trace
-            )
-            return
-
-        writer = Writer(budget.pinned_out, transfers=writes, trace=trace)
-        straight = self._reads_straight(sources, device)
-        reader = None if straight else self._feeding(sources, device, budget, reads)
-        try:
-            for ring in [*([reader.ring] if reader else []), writer.ring]:
-                if device.pin(ring.address, ring.capacity):
-                    self._pinned.append(ring.address)
-                else:
-                    self.report.warnings.append(
-                        f"{ring.capacity >> 20} MiB of host memory could not be locked; copies to "
-                        f"{device.name} are slower (raise the limit: ulimit -l, or lower --max-pinned)"
-                    )
-            operands, results = self._device_memory(device, budget)
-            if reader is None:
-                self.reader = GpuDirectIntake(sources, device, operands)
-            else:
-                self.reader = Uploader(reader, device, operands, budget.block)
-        except BaseException:
-            writer.close()
-            if reader:
-                reader.close()
-            self._unpin()
-            raise
-        self.writer = Downloader(writer, device, results, budget.block)
-
-    def _reads_straight(self, sources: Sources, device: Device) -> bool:
-        """Return whether operands go past the host's memory: if that is asked for, or works and pays."""
-        if self.io is Io.GDS:
-            return True
-        if self.io is not Io.AUTO or why_not_gds(device) is not None:
-            return False
-        return not any(map(is_warm, sources.files))  # a page cache is faster than a drive
-
-    def _feeding(
-        self, sources: Sources, device: Device, budget: DeviceBudget, reads: Transfers | None
-    ) -> Reader:
-        """Return what reads into pinned memory, which is used again when it is copied out of."""
-
-        def copied() -> Event:
-            return device.mark(Stream.COPY_IN)
-
-        return Reader(
-            sources,
+        sizes = Sizes(
             budget.pinned_in,
-            n_threads=FEEDING_THREADS,
-            transfers=reads,
-            fence=copied,
-            trace=self.trace,
+            budget.pinned_out,
+            budget.block,
+            partial(take_memory, self.plan, device, self.report.warnings),
         )
-
-    def _device_memory(self, device: Device, budget: DeviceBudget) -> tuple[Memory, Memory]:
-        """Take the memory for operands and results; with less, where another process was quicker."""
-        while True:
-            operands = None
-            try:
-                operands = device.allocate(budget.operands)
-                return operands, device.allocate(budget.results)
-            except DeviceMemoryError as error:
-                if operands is not None:
-                    device.release(operands)
-                try:
-                    less = replace(budget.target, memory=budget.limit // 2)
-                    fit_device(self.plan, less, block=budget.block)
-                except RecipeError:
-                    raise error from None
-                assert self.plan.device is not None
-                budget = self.plan.device
-                self.report.warnings.append(f"{error}; going on with {budget.limit >> 20} MiB")
-
-    def _unpin(self) -> None:
-        for address in self._pinned:
-            assert self.device is not None
-            self.device.unpin(address)
+        return device_route(sources, device, sizes, io=self.io, disks=self._disks, trace=self.trace)
 
     def _device_spans(self) -> list[Span]:
         """Return what the device did in this run; it may have had others."""

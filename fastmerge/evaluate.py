@@ -376,3 +376,9 @@ def _join_moments(of: str, parts: Sequence[MomentResult]) -> MomentResult:
         return np.array([math.fsum(expert) for expert in zip(*values, strict=True)])
 
     return MomentResult(join(p.all for p in parts), join(p.kept for p in parts))
+
+
+def check_nan_policy(nan_policy: str) -> None:
+    """Raise RecipeError unless it is one of the two."""
+    if nan_policy not in ("error", "propagate"):
+        raise RecipeError(f"nan_policy must be error or propagate, got {nan_policy!r}")
