@@ -200,6 +200,15 @@ def test_seventy_billion_fit_a_card_of_24_gb(tmp_path: Path) -> None:
     assert not done.plan.streamed
 
 
+def test_seventy_billion_times_eight(tmp_path: Path) -> None:
+    """At twice a card's rates: half the time, and twice as hard on the host."""
+    done = simulate_gpu.replay(
+        tmp_path, card="H100", billions=70, experts=8, read_rate=100e9, write_rate=100e9, time_scale=2
+    )  # fmt: skip
+    assert done.over <= 0.10, simulate_gpu.text(done)
+    assert done.host_peak < 6e9
+
+
 @pytest.mark.huge
 @pytest.mark.parametrize("max_vram", [None, int(12e9)])
 def test_seventy_billion_times_eight_on_a_card_of_24_gb(
