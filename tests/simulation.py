@@ -64,7 +64,7 @@ def build(flavour: str = "plain") -> Path:
     import pybind11
 
     flags = [*FLAGS, *FLAVOURS[flavour]]
-    headers = [*(CSRC / "simulate").glob("*.hpp"), *(CSRC / "io").glob("*.hpp")]
+    headers = [h for part in ("simulate", "io", "bindings") for h in (CSRC / part).glob("*.hpp")]
     text = b"".join(p.read_bytes() for p in [*_sources(), *sorted(headers)])
     state = hashlib.blake2b(text + repr((flags, sys.version)).encode(), digest_size=8).hexdigest()
     folder = ROOT / "build" / "simulated" / state

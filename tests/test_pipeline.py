@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from simulation import SimulatedDevice
 import fastmerge
 from fastmerge import budget
 from fastmerge.api import plan as make_plan
+from fastmerge.backends.cpu import CpuKernels
 from fastmerge.checkpoint import OutputFolder
 from fastmerge.engine import Engine
-from fastmerge.errors import CheckpointError, DeviceError, ReadError
+from fastmerge.errors import BackendError, CheckpointError, DeviceError, ReadError
 from fastmerge.ops import choose
 from fastmerge.planner import Plan
 from fastmerge.provenance import binding
@@ -301,9 +303,29 @@ def test_memory_that_cannot_be_had_or_pinned(
     assert device.native.used_bytes == 0
 
 
-def test_an_interrupt_ends_the_threads(family: Path) -> None:
-    import threading
+def test_an_error_in_the_middle_ends_the_threads(family: Path) -> None:
+    """Also while its traceback holds on to everything, and the ring is full."""
 
+    class Failing(CpuKernels):
+        left = 5
+
+        def start_walks(self, jobs: Any) -> Any:
+            self.left -= 1
+            if not self.left:
+                raise BackendError("enough")
+            return super().start_walks(jobs)
+
+    before = threading.active_count()
+    device = SimulatedDevice(1e9, 1e9, 1 << 28)
+    with small_rings(), pytest.raises(BackendError) as error:
+        fastmerge.merge(family / "linear.yaml", family / "ended", device=device, backend=Failing())
+    assert threading.active_count() == before
+    assert device.native.used_bytes == 0 and device.native.pinned_bytes == 0
+    assert error.traceback
+    assert not (family / "ended").exists()
+
+
+def test_an_interrupt_ends_the_threads(family: Path) -> None:
     def interrupt(name: str, done: int, total: int) -> None:
         if done > total // 2:
             raise KeyboardInterrupt

@@ -8,13 +8,13 @@
 #include <stdexcept>
 
 #include "bindings/plans.hpp"
+#include "bindings/transfers.hpp"
 #include "core/philox.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/sweeps.hpp"
 #include "io/checksum.hpp"
 #include "io/mapping.hpp"
-#include "io/transfer.hpp"
 
 namespace py = pybind11;
 using namespace fastmerge;
@@ -52,7 +52,6 @@ class Arena {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "fastmerge CPU kernels: see csrc/cpu and docs/numerics.md";
-    using nogil = py::gil_scoped_release;
 
     bind_plans(m);
     py::class_<Decided>(m, "Decided").def(py::init<int, int64_t>());
@@ -166,34 +165,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def_property_readonly("address", &Mapping::address)
         .def("release", &Mapping::release, py::call_guard<nogil>());
     m.def("lost_pages", &lost_pages);
-    py::class_<Transfers>(m, "Transfers")
-        .def(py::init<bool, int>())
-        .def(
-            "submit",
-            [](Transfers& t, const std::vector<std::tuple<int, int, int64_t, int64_t, uintptr_t>>& list,
-               const std::vector<std::pair<int, int64_t>>& words) {
-                if (!words.empty() && words.size() != list.size())
-                    throw std::invalid_argument("transfers: one (word, start) per segment");
-                std::vector<Segment> segments;
-                for (const auto& [fd, direct_fd, offset, n, address] : list)
-                    segments.push_back({fd, direct_fd, offset, n, address});
-                for (size_t i = 0; i < words.size(); ++i)
-                    segments[i].word = words[i].first, segments[i].start = words[i].second;
-                return t.submit(segments);
-            },
-            py::arg("segments"), py::arg("words") = std::vector<std::pair<int, int64_t>>{})
-        .def("wait",
-             [](Transfers& t, int64_t ticket) {
-                 TransferError e;
-                 std::vector<uint64_t> sums;
-                 {
-                     nogil release;
-                     e = t.wait(ticket, sums);
-                 }
-                 const auto error = py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
-                 return py::make_tuple(e.failed ? py::object(error) : py::none(), sums);
-             })
-        .def("is_done", &Transfers::is_done)
-        .def_property_readonly("busy_seconds", &Transfers::busy_seconds)
-        .def("close", &Transfers::close, py::call_guard<nogil>());
+    py::class_<Transfers> transfers(m, "Transfers");
+    transfers.def(py::init<bool, int>());
+    bind_transfers(transfers);
 }

@@ -5,8 +5,8 @@
 
 #include <cstring>
 
+#include "bindings/transfers.hpp"
 #include "io/checksum.hpp"
-#include "io/transfer.hpp"
 #include "simulate/clock.hpp"
 #include "simulate/device.hpp"
 #include "simulate/disk.hpp"
@@ -14,46 +14,6 @@
 namespace py = pybind11;
 using namespace fastmerge;
 using namespace fastmerge::simulate;
-
-namespace {
-
-using nogil = py::gil_scoped_release;
-using Listed = std::tuple<int, int, int64_t, int64_t, uintptr_t>;
-using Word = std::pair<int, int64_t>;
-
-/// The methods that `Transfers` and `Disk` share, as fastmerge._cpu has them.
-template <class T>
-void bind_transfers(py::class_<T>& c) {
-    c.def(
-         "submit",
-         [](T& t, const std::vector<Listed>& list, const std::vector<Word>& words) {
-             if (!words.empty() && words.size() != list.size())
-                 throw std::invalid_argument("submit: a word and start per segment");
-             std::vector<Segment> segments;
-             for (const auto& [fd, direct_fd, offset, n, address] : list)
-                 segments.push_back({fd, direct_fd, offset, n, address});
-             for (size_t i = 0; i < words.size(); ++i)
-                 segments[i].word = words[i].first, segments[i].start = words[i].second;
-             return t.submit(segments);
-         },
-         py::arg("segments"), py::arg("words") = std::vector<Word>{})
-        .def("wait",
-             [](T& t, int64_t ticket) {
-                 TransferError e;
-                 std::vector<uint64_t> sums;
-                 {
-                     nogil release;
-                     e = t.wait(ticket, sums);
-                 }
-                 const auto error = py::make_tuple(e.code, e.segment.fd, e.segment.offset + e.done);
-                 return py::make_tuple(e.failed ? py::object(error) : py::none(), sums);
-             })
-        .def("is_done", &T::is_done)
-        .def_property_readonly("busy_seconds", &T::busy_seconds)
-        .def("close", &T::close, py::call_guard<nogil>());
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_simulated, m) {
     py::class_<Device>(m, "Device")

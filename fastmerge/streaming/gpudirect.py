@@ -17,7 +17,7 @@ from fastmerge.errors import BackendError, ReadError
 from fastmerge.streaming.device import Device, Event, Memory, Stream
 from fastmerge.streaming.ring import READ_AHEAD, Run
 from fastmerge.streaming.sources import Sources, truncated
-from fastmerge.streaming.upload import DeviceIntake, Filled, placed
+from fastmerge.streaming.upload import DeviceIntake, Filled, Stopped, placed
 
 T = TypeVar("T")
 
@@ -77,6 +77,8 @@ class GpuDirectIntake(DeviceIntake):
             # What is read must get to the kernels before room is waited for: they make it.
             while reading and (len(reading) > READ_AHEAD or not self.ring.has_room(size)):
                 deliver()
+            if self._stop:
+                raise Stopped
             at = self._take(size)
             futures = [self._read(run, at + o) for run, o in zip(runs, offsets, strict=True)]
             addresses = [self.memory.address + at + offset for offset in offsets]

@@ -39,7 +39,7 @@ class _Block(Generic[T]):
     is_first: bool = False
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """The merging thread wants no more."""
 
 
@@ -71,6 +71,7 @@ class DeviceIntake:
         self._changed = threading.Condition()
         self._freed: deque[Event] = deque()  # of the oldest regions, given back when they have come
         self._stop = False
+        self._thread: threading.Thread | None = None
 
     @property
     def n_threads(self) -> int:
@@ -91,8 +92,8 @@ class DeviceIntake:
         """
         filled: Filled[T] = queue.SimpleQueue()
         self._stop = False
-        thread = threading.Thread(target=self._run, args=(loads, filled), name="upload")
-        thread.start()
+        self._thread = threading.Thread(target=self._run, args=(loads, filled), name="upload")
+        self._thread.start()
         try:
             while True:
                 start = time.perf_counter()
@@ -110,10 +111,16 @@ class DeviceIntake:
                     self._freed.append(freed)
                     self._changed.notify()
         finally:
-            with self._changed:
-                self._stop = True
-                self._changed.notify()
-            thread.join()
+            self._halt()
+
+    def _halt(self) -> None:
+        """End the thread: the reads that are under way, and no more."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     # ---- in the thread that brings them -----------------------------------------------------------
 
@@ -121,7 +128,7 @@ class DeviceIntake:
         try:
             self._fill(loads, filled)
             filled.put(None)
-        except _Stopped:
+        except Stopped:
             pass
         except BaseException as error:  # the merging thread raises it
             filled.put(error)
@@ -137,7 +144,7 @@ class DeviceIntake:
                 while not self._freed and not self._stop:
                     self._changed.wait()
                 if self._stop:
-                    raise _Stopped
+                    raise Stopped
                 event = self._freed.popleft()
             self._reuse(event)
             self.ring.give_back()
@@ -148,6 +155,7 @@ class DeviceIntake:
         raise NotImplementedError
 
     def close(self) -> None:
+        self._halt()  # an error's traceback may hold the sweep open
         self._device.close()
         self._device.release(self.memory)
 
@@ -186,7 +194,7 @@ class Uploader(DeviceIntake):
                 addresses = [at + offset for offset in block.item_offsets]
                 filled.put((block.item, addresses, self._device.mark(Stream.COPY_IN)))
             if self._stop:
-                raise _Stopped
+                raise Stopped
 
     def _reuse(self, event: Event) -> None:
         self._device.follow(Stream.COPY_IN, event)  # the host goes on
