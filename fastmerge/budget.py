@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
+from fastmerge.backends.streamed_order import scratch_bytes
 from fastmerge.dtypes import DType
 from fastmerge.errors import DeviceMemoryError, RecipeError
 from fastmerge.jobs import (
@@ -356,18 +357,22 @@ def _usual(sizes: list[int]) -> int:
 def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend: str) -> int:
     """Bound what kernels on a device allocate for n elements of a job at once, and for its walk's parts.
 
-    Keys of one expert (Triton), or of all experts of a piece that is streamed; ranks of a ranked drop, 4
-    bytes each and, where rows are not sorted in place, keys, their order and its inverse; decisions, a bit
-    each.
+    Keys of one expert (Triton), or what cuts in pieces take; ranks of a ranked drop, 4 bytes each and, where
+    rows are not sorted in place, keys, their order and its inverse; decisions, a bit each.
     """
     request = _first_statistic(plan, job)
     experts, wide = len(job.experts), job.compute is DType.F64
     word = 8 if wide else 4
-    part = min(n, next((p.n for p in split(job, item_bytes)), 0))
     if isinstance(request, OrderStatistic):
-        streamed = part * (experts * word + 4 * word + 8)
-        keys = n * word if backend == "triton" else 0
-        return max(keys, streamed if n < job.n or job.scope is Scope.MODEL else 0)
+        over_model = job.scope is Scope.MODEL
+        streamed = 0
+        if request.scope != "row" and (n < job.n or over_model):
+            part = min(n, next((p.n for p in split(job, item_bytes)), 0))
+            n_keys = 1 if request.of == "variance" else experts
+            n_ranks = max(1, len(request.ranks[0])) if request.ranks else 1
+            whole = plan.n_model if over_model else job.n
+            streamed = scratch_bytes(whole, part, n_keys, n_ranks, wide)
+        return max(n * word if backend == "triton" else 0, streamed)
     drop = request.keep.drop if isinstance(request, Moments) else None
     if isinstance(drop, RankedDrop):
         sorts = drop.axis is not Axis.ROW or wide

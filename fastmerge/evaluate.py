@@ -119,7 +119,8 @@ def sweep_statistic(
     )
     while True:
         whole = limit >= operands.n or size is Grain.TENSOR
-        for a, b in (None if whole else sweep.wanted()) or ((0, operands.n),):
+        wanted = None if whole else sweep.wanted()
+        for a, b in ((0, operands.n),) if wanted is None else wanted:
             for _, chunk in operands.slice(a, b).chunks(size, limit, _needs_base(request)):
                 sweep.feed(chunk)
         if not sweep.next_pass():

@@ -161,8 +161,8 @@ def _walks(
         feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
     ) -> None:
         for t in sorted(wanted):
-            held = jobs[t][2]
-            for a, b in wanted[t] or ((0, held.n),):
+            held, ranges = jobs[t][2], wanted[t]
+            for a, b in ((0, held.n),) if ranges is None else ranges:
                 for _, chunk in held.slice(a, b).chunks(size, limit):
                     feed(t, chunk)
 

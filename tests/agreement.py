@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import cases
@@ -15,12 +15,13 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends import Chunk, Kernels
-from fastmerge.evaluate import Operands, run_walk, sweep_statistic
+from fastmerge.evaluate import Operands, _within, run_walk, sweep_statistic
 from fastmerge.stages import (
     Axis,
     Combine,
     Drop,
     Elect,
+    Grain,
     Gram,
     Keep,
     Moments,
@@ -130,6 +131,30 @@ def check_statistic(
         np.testing.assert_array_equal(got.kept, want.kept, err_msg=str(request))
     else:
         np.testing.assert_array_equal(got, want, err_msg=str(request))
+
+
+def check_model_cuts(
+    kernels: Kernels, tensors: Sequence[cases.Operands], request: OrderStatistic, limit: int
+) -> None:
+    """The same cuts over a model, fed what is wanted of each tensor, in chunks of `limit` elements."""
+    parts = [_whole(held) for held in tensors]
+    sizes = [part.n for part in parts]
+    offsets = {t: sum(sizes[:t]) for t in range(len(sizes))}
+    answers = []
+    for each in (kernels, ops.choose("cpu", "cpu")):
+        sweep = each.sweep(request, sum(sizes), 1, len(parts[0].experts), parts[0].compute)
+        again = True
+        while again:
+            wanted = _within(sweep.wanted(), offsets, dict(enumerate(sizes)))
+            for t, ranges in wanted.items():
+                for a, b in ((0, sizes[t]),) if ranges is None else ranges:
+                    for _, chunk in parts[t].slice(a, b).chunks(Grain.ELEMENT, limit):
+                        sweep.feed(chunk, offsets[t])
+            again = sweep.next_pass()
+        answers.append(sweep.result())
+    for x, y in zip(*answers, strict=True):
+        np.testing.assert_array_equal(x.value, y.value, err_msg=str(request))
+        np.testing.assert_array_equal(x.last_tie, y.last_tie, err_msg=str(request))
 
 
 def statistics(rng: np.random.Generator, shape: tuple[int, ...], k: int) -> Iterator[object]:

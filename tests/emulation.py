@@ -171,10 +171,14 @@ def _streamed(under_test: Any, held: Any, requests: list[Any]) -> None:
     import agreement
 
     from fastmerge.backends import streamed_order
+    from fastmerge.dtypes import DType
 
-    with patch.object(streamed_order, "SMALLEST", 1), patch.object(streamed_order, "RUN", 64):
+    with patch.multiple(streamed_order, SMALLEST=1, RUN=64, PART=20_000):
         for request in requests:
             agreement.check_statistic(under_test, held, request, 50_001)
+            n = held.base.numel()
+            wanted = under_test.sweep(request, n, n, 2, DType.F32).wanted()
+            assert wanted == streamed_order.sampled_ranges(n)
 
 
 def selection() -> None:
@@ -199,6 +203,9 @@ def selection() -> None:
             experts[1] = experts[1].double()
         if content == "equal":
             experts[0] = base.clone()
+        if content == "grid":
+            experts[1][::7] = float("nan")
+            experts[1][1::9] = -float("inf")
         held = cases.Operands(base, experts)
         requests = [
             OrderStatistic([[1, 100_000], [70_001, n - 1]]),
@@ -215,33 +222,20 @@ def selection() -> None:
 
 
 def _model_scope(under_test: Any, rng: Any) -> None:
-    import numpy as np
+    import agreement
+    import cases
     import torch
 
-    from fastmerge import ops
     from fastmerge.stages import OrderStatistic
 
-    sizes = [40_000, 30_001, 7, 65_536, 500]
     tensors = [
         [torch.from_numpy(rng.integers(-9, 10, n) / 8).to(torch.bfloat16) for _ in range(3)]
-        for n in sizes
+        for n in (40_000, 30_001, 7, 65_536, 500)
     ]
-    request = OrderStatistic([[50_000], [999]], scope="model")
-    from fastmerge.dtypes import DType
-
-    answers = []
-    for each in (under_test, ops.choose("cpu", "cpu")):
-        sweep = each.sweep(request, sum(sizes), 1, 2, DType.F32)
-        while True:
-            offset = 0
-            for base, *experts in tensors:
-                sweep.feed(ops._chunk(base, experts), offset)
-                offset += base.numel()
-            if not sweep.next_pass():
-                break
-        answers.append(sweep.result()[0])
-    np.testing.assert_array_equal(answers[0].value, answers[1].value)
-    np.testing.assert_array_equal(answers[0].last_tie, answers[1].last_tie)
+    model = [cases.Operands(base, experts) for base, *experts in tensors]
+    for ranks in ([[50_000], [999]], [[1, 136_043], [0, 70_000]]):
+        request = OrderStatistic(ranks, scope="model")
+        agreement.check_model_cuts(under_test, model, request, 1 << 30)
 
 
 def sums() -> None:

@@ -310,12 +310,13 @@ class _SimulatedSweep(Sweep):
         self._n, self._cols, self._n_experts = n, cols, n_experts
         self._cuts = isinstance(request, OrderStatistic) and request.scope != "row"
         self._pass, self._whole = 0, False
+        self._count = 1 if StreamedOrder.pays(n) else 0  # the pass that everything is read in
         self._last = (0, 0)
 
     def wanted(self) -> Sequence[tuple[int, int]] | None:
-        if not self._cuts or not StreamedOrder.pays(self._n):
+        if not self._cuts or self._pass == self._count:
             return None
-        return {0: sampled_ranges(self._n), 2: [self._last]}.get(self._pass)
+        return sampled_ranges(self._n) if self._pass < self._count else [self._last]
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         self._whole = self._cuts and chunk.n == self._n
@@ -327,7 +328,7 @@ class _SimulatedSweep(Sweep):
         self._pass += 1
         if not self._cuts or self._whole:
             return False
-        return self._pass < (3 if StreamedOrder.pays(self._n) else READINGS)
+        return self._pass <= self._count + 1
 
     def result(self) -> Any:
         self._kernels.device.mark(Stream.COMPUTE).wait()  # for the numbers

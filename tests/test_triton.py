@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -259,11 +260,35 @@ def test_rank_cuts_are_exact(
             kernels, held, OrderStatistic(of="variance", fraction_of_nonzero=0.3), limit
         )
     agreement.check_statistic(kernels, held, OrderStatistic([[100]], all_ties=True))
-    with patch.object(streamed_order, "SMALLEST", 1), patch.object(streamed_order, "RUN", 16):
-        for limit in (4001, 333):
-            agreement.check_statistic(kernels, held, OrderStatistic([[1, 4000, n - 1]]), limit)
-        variance = OrderStatistic(of="variance", fraction_of_nonzero=0.3)
-        agreement.check_statistic(kernels, held, variance, 4001)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_rank_cuts_in_pieces_are_exact(dtype: torch.dtype, kernels: backend.TritonKernels) -> None:
+    """With a sample and without; keys of |delta| and of the variance; also over a model."""
+    n = 9_003
+    rng = agreement.rng_of("pieces", dtype)
+    base, one, two = (cases.tensor(rng, (n,), "grid", dtype) for _ in range(3))
+    held = cases.Operands(base, [one, two])
+    requests = [
+        OrderStatistic([[1, 4000, n - 1], [0, 2000, n]]),
+        OrderStatistic([[3000], [8000]], all_ties=True),
+        OrderStatistic(fraction_of_nonzero=0.4),
+        OrderStatistic(of="variance", fraction_of_nonzero=0.3),
+        OrderStatistic([[4000]], of="variance"),
+    ]
+    compute = ops._chunk(base, [one]).compute
+    for smallest in (1, 1 << 20):
+        with patch.multiple(streamed_order, SMALLEST=smallest, RUN=16, PART=2500):
+            for request in requests:
+                sampled = kernels.sweep(request, n, n, 2, compute).wanted() is not None
+                assert sampled == (smallest == 1)
+                agreement.check_statistic(kernels, held, request, 4001)
+            model = [
+                cases.Operands(base[a:b], [one[a:b], two[a:b]])
+                for a, b in pairwise((0, 2005, 2008, n))
+            ]
+            request = OrderStatistic([[3000], [8000]], scope="model")
+            agreement.check_model_cuts(kernels, model, request, 4001)
 
 
 def test_cuts_over_a_whole_model() -> None:

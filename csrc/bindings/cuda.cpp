@@ -217,8 +217,12 @@ PYBIND11_MODULE(FM_MODULE, m) {
                   return cuda::select_units(b.job(), b.in(), s, unit, units, stream);
               });
           });
-    m.def("order_keys", [](const Queue& q, const PyBatch& b, uintptr_t keys) {
-        on(q, [&](cudaStream_t s) { return cuda::order_keys(b.job(), b.in(), b.f64, at<void>(keys), s); });
+    m.def("order_keys", [](const Queue& q, const PyBatch& b, int first, int last, uintptr_t keys) {
+        if (first < -1 || first > last || last > b.in().n_experts)
+            throw std::invalid_argument("order_keys: no such experts");
+        on(q, [&](cudaStream_t s) {
+            return cuda::order_keys(b.job(), b.in(), b.f64, first, last, at<void>(keys), s);
+        });
     });
     m.def("rank_scratch", [](const Queue& q, const PyBatch& b) {
         int64_t bytes = 0;

@@ -329,14 +329,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) order_keys_kernel(const Job* job, Key<Real>* keys) {
+__global__ void __launch_bounds__(THREADS, 1)
+    order_keys_kernel(const Job* job, int first, int last, Key<Real>* keys) {
     const Operands& in = job->in;
     const int64_t step = int64_t(gridDim.x) * THREADS;
-    for (int k = 0; k < in.n_experts; ++k)
+    for (int k = first; k < last; ++k)
         for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < in.n; i += step) {
             Real x[1];
             load_keyed<Real, 1>(in, k, i, x);
-            keys[k * in.n + i] = order_key(x[0]);
+            keys[(k - first) * in.n + i] = order_key(x[0]);
         }
 }
 
@@ -459,14 +460,15 @@ cudaError_t select_units(const Job* job, const Operands& in, const Selection& s,
     return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, unit, units);
 }
 
-cudaError_t order_keys(const Job* job, const Operands& in, bool f64, void* keys, cudaStream_t stream) {
+cudaError_t order_keys(const Job* job, const Operands& in, bool f64, int first, int last, void* keys,
+                       cudaStream_t stream) {
     if (f64) {
         const dim3 grid(resident_blocks(order_keys_kernel<double>, divide_up(in.n, THREADS), 0));
-        return launch(order_keys_kernel<double>, grid, dim3(THREADS), 0, stream, job,
+        return launch(order_keys_kernel<double>, grid, dim3(THREADS), 0, stream, job, first, last,
                       static_cast<uint64_t*>(keys));
     }
     const dim3 grid(resident_blocks(order_keys_kernel<float>, divide_up(in.n, THREADS), 0));
-    return launch(order_keys_kernel<float>, grid, dim3(THREADS), 0, stream, job,
+    return launch(order_keys_kernel<float>, grid, dim3(THREADS), 0, stream, job, first, last,
                   static_cast<uint32_t*>(keys));
 }
 

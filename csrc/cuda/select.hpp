@@ -52,8 +52,10 @@ cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaSt
 cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
                          cudaStream_t stream);
 
-/// Write the keys of |delta|: [K, n] of 4 bytes, or of 8 for float64.
-cudaError_t order_keys(const Job* job, const Operands& in, bool f64, void* keys, cudaStream_t stream);
+/// Write the keys of |delta| of experts [first, last), or of the variance for first = -1, last = 0:
+/// [last - first, n] of 4 bytes, or of 8 for float64.
+cudaError_t order_keys(const Job* job, const Operands& in, bool f64, int first, int last, void* keys,
+                       cudaStream_t stream);
 /// Ranks of |delta| within rows of float32 deltas, [K, n]. scratch: bytes of rank_scratch.
 int64_t rank_scratch(const Operands& in);
 cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch,

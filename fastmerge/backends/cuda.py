@@ -16,13 +16,11 @@ import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
 from fastmerge.backends.lowering import given_masks, lower_keep, lower_operands, lower_walk
-from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
     F64,
     Axis,
-    Cut,
     Gram,
     Keep,
     MomentResult,
@@ -207,22 +205,22 @@ class CudaKernels(Kernels):
         import torch
 
         k = len(chunk.experts)
-        keys = self._write_keys(queue, batch, chunk)
+        keys = self.order_keys(queue, batch, chunk, 0, k)
         units = keys.view(k, chunk.n // unit, unit)
         order = torch.sort(units, dim=-1, stable=True).indices
         places = torch.arange(unit, dtype=torch.int32, device=queue.device).expand_as(order)
         return torch.empty_like(places.contiguous()).scatter_(-1, order, places).view(k, chunk.n)
 
-    def _write_keys(self, queue: _Queue, batch: Any, chunk: Chunk) -> Tensor:
-        """Return [K, n] int32 or int64: the order keys of each expert's deltas."""
+    def order_keys(self, queue: _Queue, batch: Any, chunk: Chunk, first: int, last: int) -> Tensor:
+        """Return [last - first, n] int32 or int64: keys of experts' deltas; of (-1, 0): the variance."""
         dtype = "int64" if _is_f64(chunk) else "int32"
-        keys = queue.empty(len(chunk.experts), chunk.n, dtype=dtype)
-        queue.run("order_keys", batch, keys.data_ptr())
+        keys = queue.empty(last - first, chunk.n, dtype=dtype)
+        queue.run("order_keys", batch, first, last, keys.data_ptr())
         return keys
 
-    def _order_keys(self, chunk: Chunk) -> Tensor:
-        queue = self._queue()
-        return self._write_keys(queue, self._keep_batch(queue, Keep(), chunk, _Ranks()), chunk)
+    def batch_of(self, queue: _Queue, chunk: Chunk) -> Any:
+        """Return a placed batch of a chunk's deltas, all of them kept."""
+        return self._keep_batch(queue, Keep(), chunk, _Ranks())
 
     def _decided(self, queue: _Queue, keep: Keep, chunk: Chunk) -> tuple[Keep, _Ranks]:
         """Return plain keep stages and their ranks: what needs a second look is decided, a bit each."""
@@ -306,16 +304,9 @@ class CudaKernels(Kernels):
         self, statistic: Statistic, n: int, cols: int, n_experts: int, compute: DType
     ) -> Sweep:
         if isinstance(statistic, OrderStatistic):
-            request: OrderStatistic = statistic
+            from fastmerge.backends import cuda_order
 
-            def passes() -> Sweep:
-                return _Order(self, request, n, cols, n_experts, compute)
-
-            # The variance has no keys of its own: its digits are counted.
-            if request.scope == "row" or request.of == "variance" or not StreamedOrder.pays(n):
-                return passes()
-            wide = compute is DType.F64
-            return StreamedOrder(request, n, n_experts, wide, self._order_keys, passes)
+            return cuda_order.order_sweep(self, statistic, n, cols, n_experts, compute)
         if isinstance(statistic, Moments):
             return _Moments(self, statistic, n, n_experts)
         if isinstance(statistic, Gram):
@@ -466,112 +457,6 @@ class _SignBalance(_OnePass):
 
     def result(self) -> int:
         return int(self._balance.item())
-
-
-class _Order(Sweep):
-    """Rank cuts: a pass per digit of the key, one to count the last digit's equals, one to find the tie.
-
-    A tensor that comes whole takes all passes at once; so does a row, or a short tensor, in one launch.
-    """
-
-    def __init__(
-        self,
-        kernels: CudaKernels,
-        request: OrderStatistic,
-        n: int,
-        cols: int,
-        k: int,
-        compute: DType,
-    ) -> None:
-        self._kernels, self._request, self._n = kernels, request, n
-        native = kernels._native
-        self._queue = queue = kernels._queue()
-        by_row, variance = request.scope == "row", request.of == "variance"
-        self._axis = Axis.ROW if by_row else Axis.TENSOR
-        self._f64 = compute is DType.F64
-        self._n_keys = 1 if variance else k
-        fraction = request.fraction_of_nonzero
-        n_ranks = 1 if fraction is not None else len(request.ranks[0]) if request.ranks else 1
-        self._unit = cols if by_row else n
-        self._units = (n // cols if cols else 0) if by_row else 1
-        self._short = by_row or n <= native.PIECE
-        self._n_passes = native.n_digits(self._f64) + (0 if request.all_ties else 2)
-        self._pass, self._done = 0, False
-        n_targets = n_ranks * self._n_keys
-        shape = (n_ranks, self._n_keys, self._units)
-        size = native.target_dtype.itemsize
-        self._targets = queue.empty(*shape, size, dtype="uint8")
-        ranks = np.zeros((n_ranks, self._n_keys), np.int64)
-        if fraction is None:
-            ranks[:] = np.asarray(request.ranks, np.int64).reshape(self._n_keys, n_ranks).T
-        pieces = 1 if by_row else -(-n // native.PIECE)
-        bins = queue.zeros(1 if by_row else n_targets, native.DIGIT_BINS, dtype="int64")
-        nonzero = queue.zeros(self._n_keys, dtype="int64")
-        equal = queue.zeros(n_targets, pieces, dtype="int32")
-        uploaded = queue.upload(ranks)
-        self._owned = [bins, nonzero, equal, uploaded]
-        self._selection = native.Selection(
-            self._n_keys,
-            n_ranks,
-            variance,
-            request.all_ties,
-            self._f64,
-            -1.0 if fraction is None else fraction,
-            self._targets.data_ptr(),
-            bins.data_ptr(),
-            nonzero.data_ptr(),
-            equal.data_ptr(),
-            pieces,
-        )
-        queue.run("open_targets", self._selection, uploaded.data_ptr(), self._units, self._unit)
-
-    def feed(self, chunk: Chunk, offset: int = 0) -> None:
-        if not chunk.n or not self._n_keys or self._done:
-            return
-        queue, s = self._queue, self._selection
-        batch = self._kernels._keep_batch(queue, Keep(), chunk, _Ranks())
-        whole = chunk.n == self._n
-        if self._short and (whole or self._axis is Axis.ROW):
-            queue.run("select_units", batch, s, self._unit, self._units)
-            self._done = whole
-            return
-        if not whole:
-            self._visit(batch, offset)
-            return
-        while self._pass < self._n_passes:
-            self._visit(batch, offset)
-            self._conclude()
-            self._pass += 1
-        self._done = True
-
-    def _visit(self, batch: Any, offset: int) -> None:
-        digits = self._kernels._native.n_digits(self._f64)
-        s = self._selection
-        if self._pass < digits:
-            self._queue.run("count_digits", batch, s, self._pass)
-        elif self._pass == digits:
-            self._queue.run("count_equals", batch, s, offset)
-        else:
-            self._queue.run("find_ties", batch, s, offset)
-
-    def _conclude(self) -> None:
-        digits = self._kernels._native.n_digits(self._f64)
-        if self._pass < digits:
-            self._queue.run("choose_digits", self._selection, self._pass)
-        elif self._pass == digits:
-            self._queue.run("locate_ties", self._selection)
-
-    def next_pass(self) -> bool:
-        if self._done or self._axis is Axis.ROW or not self._n:
-            return False
-        self._conclude()
-        self._pass += 1
-        return bool(self._pass < self._n_passes)
-
-    def result(self) -> list[Cut]:
-        dtype = self._kernels._native.target_dtype
-        targets = self._targets.cpu().numpy().view(dtype)[..., 0]
-        return [Cut(t["value"].copy(), t["last_tie"].copy(), self._axis) for t in targets]
 
 
 __all__ = ["CudaKernels", "why_not"]

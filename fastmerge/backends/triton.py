@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
-from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.backends.triton_plan import (
     MOST_ARGUMENTS,
     Plan,
@@ -322,21 +321,7 @@ class TritonKernels(Kernels):
 
         wide = compute is DType.F64
         if isinstance(statistic, OrderStatistic):
-            request: OrderStatistic = statistic
-            n_keys = 1 if request.of == "variance" else n_experts
-
-            def passes() -> Sweep:
-                return triton_order.OrderSweep(self, request, n, cols, n_experts, wide)
-
-            def keys(chunk: Chunk) -> Tensor:
-                if request.of == "variance":
-                    return triton_order.variance_keys(self, chunk).view(1, -1)
-                found: Tensor = self._torch.stack([self.keys(chunk, k) for k in range(n_experts)])
-                return found
-
-            if request.scope == "row" or not StreamedOrder.pays(n):
-                return passes()
-            return StreamedOrder(request, n, n_keys, wide, keys, passes)
+            return triton_order.order_sweep(self, statistic, n, cols, n_experts, wide)
         if isinstance(statistic, Moments):
             return triton_sweeps.MomentSweep(self, statistic, n_experts, wide)
         if isinstance(statistic, Gram):

@@ -1,14 +1,16 @@
-"""Order statistics of the Triton backend: cuts by counting above thresholds, or of whole units at once."""
+"""Order statistics of the Triton backend: what comes whole by counting above thresholds, or of whole units at
+once; what comes in pieces by keys."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmerge.backends import Chunk, Sweep
+from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.backends.triton_plan import INF_KEY, real_words, sliced, values_of_keys
 from fastmerge.stages import Axis, Cut, OrderStatistic
 
@@ -20,217 +22,144 @@ if TYPE_CHECKING:
 END = 2**63 - 1
 
 
+def order_sweep(
+    kernels: TritonKernels, request: OrderStatistic, n: int, cols: int, k: int, wide: bool
+) -> Sweep:
+    """Start the cuts of rows, or of a tensor or model that comes whole or in pieces."""
+
+    def whole() -> Sweep:
+        return WholeOrder(kernels, request, n, cols, k, wide)
+
+    def keys(chunk: Chunk, own: Sequence[int]) -> Iterator[Tensor]:
+        return (keys_of(kernels, request, chunk, j) for j in own)
+
+    if request.scope == "row":
+        return whole()
+    return StreamedOrder(request, n, 1 if request.of == "variance" else k, wide, keys, whole)
+
+
+def keys_of(kernels: TritonKernels, request: OrderStatistic, chunk: Chunk, k: int) -> Tensor:
+    """Return [n] int32 or int64: the keys of expert k's deltas, or of the variance over experts."""
+    return kernels.keys(chunk, k) if request.of == "delta" else variance_keys(kernels, chunk)
+
+
 class _Search:
-    """The bracket of one cut: count(key > low) >= rank > count(key > high), narrowed by counting."""
+    """The bracket of one cut of keys: count(key > low) >= rank > count(key > high), narrowed by counting."""
 
-    WAYS = 16  # thresholds of a pass: triton_kernels/select.py
+    WAYS = 16  # thresholds of a count: triton_kernels/select.py
 
-    def __init__(self, kernels: TritonKernels, wide: bool) -> None:
+    def __init__(self, kernels: TritonKernels, keys: Tensor, rank: int, wide: bool) -> None:
         import torch
 
-        self._kernels, self._wide = kernels, wide
-        self.rank = 0
+        self._kernels, self._keys, self._wide, self._rank = kernels, keys, wide, rank
         self._low = torch.tensor([-1], device=kernels.device)
         self._high = torch.tensor([INF_KEY[wide] + 1], device=kernels.device)
         self._above = kernels.zeros(1, dtype="int64")
         self._parts = torch.arange(1, self.WAYS + 1, device=kernels.device)
-        self.value, self.quota, self.last_tie = -1, 0, -1
-        self._width = INF_KEY[wide] + 2
-        self.open(zero=False)
 
-    @property
-    def narrow_enough(self) -> bool:
-        return self._width == 1
+    def find(self) -> int:
+        """Return the key of the cut: the rank-th largest. Waits for the device once."""
+        width = INF_KEY[self._wide] + 2
+        while width > 1:
+            self._narrow()
+            width = -(-width // (self.WAYS + 1))
+        return int(self._high.item())
 
-    def open(self, zero: bool) -> None:
-        """Set the thresholds of the next pass; zero: count the nonzero keys instead."""
-        width = self._high - self._low
-        ways = self.WAYS + 1
-        # As (width * part) // ways, without overflow.
-        ahead = width // ways * self._parts + width % ways * self._parts // ways
-        self._thresholds = ahead * 0 if zero else self._low + ahead
-        self._counts = self._kernels.zeros(self.WAYS, dtype="int64")
+    def _narrow(self) -> None:
+        import torch
 
-    def count(self, keys: Tensor) -> None:
         from fastmerge.triton_kernels.select import count_above_kernel
 
+        width, ways, keys = self._high - self._low, self.WAYS + 1, self._keys
+        # low + (width * part) // ways, without overflow.
+        ahead = width // ways * self._parts + width % ways * self._parts // ways
+        thresholds = self._low + ahead
+        counts = self._kernels.zeros(self.WAYS, dtype="int64")
         for a, n, programs, masked in self._kernels.pieces(len(keys), self._kernels.tiles.count):
             self._kernels.launch(
                 count_above_kernel, (programs,), keys.data_ptr() + a * keys.element_size(),
-                self._thresholds.data_ptr(), self._counts.data_ptr(), n,
+                thresholds.data_ptr(), counts.data_ptr(), n,
                 BLOCK=self._kernels.tiles.count, WIDE=self._wide, MASKED=masked,
             )  # fmt: skip
-
-    def n_nonzero(self) -> int:
-        return int(self._counts[0].item())
-
-    def narrow(self) -> None:
-        """Take the counts of a pass; no wait for the device."""
-        import torch
-
-        within = (self._counts >= self.rank).sum().view(1)
+        within = (counts >= self._rank).sum().view(1)
         self._low, self._high, self._above = (
             torch.cat(pair).gather(0, within)
-            for pair in (
-                (self._low, self._thresholds),
-                (self._thresholds, self._high),
-                (self._counts, self._above),
-            )
+            for pair in ((self._low, thresholds), (thresholds, self._high), (counts, self._above))
         )
-        self._width = -(-self._width // (self.WAYS + 1))
-        self.open(zero=False)
 
-    def settle(self) -> None:
-        """Read the value, and how many of its equals are above."""
-        self.value = int(self._high.item())
-        self.quota = self.rank - int(self._above.item())
-
-    def find_tie(self, keys: Tensor, first: int) -> None:
-        """Go on counting equals; in the piece that holds the last one above, find its index."""
+    def last_tie(self, key: int) -> int:
+        """Return the place of the last of the found key's equals that is above the cut."""
         import torch
 
         from fastmerge.triton_kernels.select import count_equal_kernel
 
-        if self.quota <= 0:
-            return
-        block = self._kernels.tiles.count
+        keys, block = self._keys, self._kernels.tiles.count
         counts = self._kernels.empty(-(-len(keys) // block), dtype="int64")
         self._kernels.launch(
             count_equal_kernel, (len(counts),), keys.data_ptr(), self._high.data_ptr(),
             counts.data_ptr(), len(keys), BLOCK=block, WIDE=self._wide,
         )  # fmt: skip
         upto = torch.cumsum(counts, 0)
-        total = int(upto[-1].item())
-        if total < self.quota:
-            self.quota -= total
-            return
-        b = int(torch.searchsorted(upto, self.quota).item())
-        wanted = self.quota - int((upto[b] - counts[b]).item())
-        equal = (keys[b * block : (b + 1) * block] == self.value).nonzero()
-        self.last_tie = first + b * block + int(equal[wanted - 1].item())
-        self.quota = 0
+        quota = self._rank - int(self._above.item())
+        b = int(torch.searchsorted(upto, quota).item())
+        quota -= int((upto[b] - counts[b]).item())
+        equal = (keys[b * block : (b + 1) * block] == key).nonzero()
+        return b * block + int(equal[quota - 1].item())
 
 
-class OrderSweep(Sweep):
-    """Cuts of ranks. A unit that comes whole is done at once; else every pass is fed again."""
+class WholeOrder(Sweep):
+    """Cuts of rows, in chunks of whole ones, or of a tensor in one chunk."""
 
     def __init__(
         self, kernels: TritonKernels, request: OrderStatistic, n: int, cols: int, k: int, wide: bool
     ) -> None:
-        self._kernels, self._request, self._wide, self._n = kernels, request, wide, n
+        self._kernels, self._request, self._wide = kernels, request, wide
         self._fraction = request.fraction_of_nonzero
         self._k = 1 if request.of == "variance" else k
         by_row = request.scope == "row"
         self._axis = Axis.ROW if by_row else Axis.TENSOR
-        self._m = cols if by_row else n
         self._n_ranks = 1 if self._fraction is not None else len(request.ranks[0])
         units = (n // cols if cols else 0) if by_row else 1
         self._value = np.full((self._n_ranks, self._k, units), math.inf)
         self._tie = np.full((self._n_ranks, self._k, units), -1, np.int64)
-        self._stage = "nonzero" if self._fraction is not None else "narrow"
-        self._done = by_row or n == 0
-        self._searches: dict[tuple[int, int], _Search] = {}
-        if self._fraction is None:
-            for r, k_ in itertools.product(range(self._n_ranks), range(self._k)):
-                self._set_trivial(r, k_, int(request.ranks[k_][r]))
-        elif n == 0:
-            self._done = True
-
-    def _set_trivial(self, r: int, k: int, rank: int) -> bool:
-        """Set the cut of a rank that leaves nothing to find."""
-        if rank <= 0:
-            self._value[r, k], self._tie[r, k] = math.inf, -1
-        elif rank >= self._m:
-            self._value[r, k], self._tie[r, k] = -1.0, END
-        return rank <= 0 or rank >= self._m
-
-    def _keys(self, chunk: Chunk, k: int) -> Tensor:
-        if self._request.of == "delta":
-            return self._kernels.keys(chunk, k)
-        return variance_keys(self._kernels, chunk)
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         if chunk.n == 0:
             return
         if self._axis is Axis.ROW:
             self._select_units(chunk, chunk.n // chunk.cols, chunk.cols, chunk.start // chunk.cols)
-        elif chunk.n == self._n and chunk.n <= self._kernels.tiles.direct:
+        elif chunk.n <= self._kernels.tiles.direct:
             self._select_units(chunk, 1, chunk.n, 0)
-            self._done = True
-        elif chunk.n == self._n:
-            for k in range(self._k):
-                keys = self._keys(chunk, k)
-                self._stage = "nonzero" if self._fraction is not None else "narrow"
-                self._open(k)
-                while self._searches:
-                    self._feed_keys(keys, k, offset + chunk.start)
-                    if not self._advance():
-                        break
-            self._done = True
         else:
-            if not self._searches:
-                for k in range(self._k):
-                    self._open(k)
             for k in range(self._k):
-                if any(at[1] == k for at in self._searches):
-                    self._feed_keys(self._keys(chunk, k), k, offset + chunk.start)
+                self._search(self._keys(chunk, k), k, offset + chunk.start)
 
-    # ---- a tensor's cuts, by counting ------------------------------------------------------------
+    def _keys(self, chunk: Chunk, k: int) -> Tensor:
+        return keys_of(self._kernels, self._request, chunk, k)
 
-    def _open(self, k: int) -> None:
+    def _search(self, keys: Tensor, k: int, first: int) -> None:
+        """Find the cuts of one expert's keys, by counting."""
+        m = len(keys)
         for r in range(self._n_ranks):
-            search = _Search(self._kernels, self._wide)
+            at = (r, k, 0)
+            nonzero = m
             if self._fraction is not None:
-                search.open(zero=True)
+                nonzero = int((keys != 0).sum().item())
+                rank = int(self._fraction * nonzero)
             else:
-                search.rank = int(self._request.ranks[k][r])
-                if not 0 < search.rank < self._m:
-                    continue
-            self._searches[r, k] = search
-
-    def _feed_keys(self, keys: Tensor, k: int, first: int) -> None:
-        for (_, k_), search in self._searches.items():
-            if k_ == k and self._stage == "tie":
-                search.find_tie(keys, first)
-            elif k_ == k:
-                search.count(keys)
-
-    def _advance(self) -> bool:
-        """Take what a pass brought; true if another one is needed."""
-        if self._stage == "nonzero":
-            self._take_nonzero()
-            self._stage = "narrow"
-            return bool(self._searches)
-        if self._stage == "narrow":
-            for search in self._searches.values():
-                search.narrow()
-            if not all(s.narrow_enough for s in self._searches.values()):
-                return True
-            for (r, k), search in self._searches.items():
-                search.settle()
-                self._value[r, k] = values_of_keys([search.value], self._wide)
-                self._tie[r, k] = END
-            if not self._request.all_ties:
-                self._stage = "tie"
-                return True
-        else:
-            for (r, k), search in self._searches.items():
-                self._tie[r, k] = search.last_tie
-        self._searches.clear()
-        return False
-
-    def _take_nonzero(self) -> None:
-        assert self._fraction is not None
-        for (r, k), search in list(self._searches.items()):
-            z = search.n_nonzero()
-            search.rank = int(self._fraction * z)
-            if search.rank > 0 and search.rank >= z:
-                self._value[r, k], self._tie[r, k] = 0.0, -1
-                del self._searches[r, k]
-            elif self._set_trivial(r, k, search.rank):
-                del self._searches[r, k]
+                rank = int(self._request.ranks[k][r])
+            if rank <= 0:
+                continue
+            if self._fraction is not None and rank >= nonzero:
+                self._value[at], self._tie[at] = 0.0, -1
+            elif rank >= m:
+                self._value[at], self._tie[at] = -1.0, END
             else:
-                search.open(zero=False)
+                search = _Search(self._kernels, keys, rank, self._wide)
+                key = search.find()
+                self._value[at] = values_of_keys([key], self._wide)[0]
+                every = self._request.all_ties
+                self._tie[at] = END if every else first + search.last_tie(key)
 
     # ---- cuts of whole units, each by one program ------------------------------------------------
 
@@ -279,7 +208,7 @@ class OrderSweep(Sweep):
     # ---- the interface ---------------------------------------------------------------------------
 
     def next_pass(self) -> bool:
-        return not self._done and bool(self._searches) and self._advance()
+        return False
 
     def result(self) -> list[Cut]:
         return [
