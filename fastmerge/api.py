@@ -285,7 +285,7 @@ def forecast(
 
     Args:
         device: what the plan was made for: a known card, whose nominal figures are taken, or one that is
-            here, whose link is measured.
+            here, whose link is measured; of several, the first, and the others taken to be like it.
         read_rate, write_rate: bytes per second of the disks; by default the inputs' is measured where they
             are, and the output's taken to be the same.
         one_disk: reads and writes share the rate of reading.
@@ -297,19 +297,16 @@ def forecast(
     write = read[0], "taken to be as reading"
     if write_rate is not None:
         write = float(parse_size(str(write_rate))), "given"
-    if isinstance(device, str):
-        device, *others = gpus.named(device)
-        if others:
-            raise RecipeError(
-                "a forecast is of one device; give cuda:0, of which the others are like"
-            )
-    card = card_of(device) if isinstance(device, str) else None
+    devices = gpus.named(device) if isinstance(device, str) else [device]
+    first = devices[0]
+    card = card_of(first) if isinstance(first, str) else None
     if card is not None:
         rates = _forecast.card_rates(card, read, write)
     else:
-        opened = TorchDevice(device) if isinstance(device, str) else device
+        opened = gpus.driver().open(first, False) if isinstance(first, str) else first
         rates = _forecast.measured_rates(opened, read, write)
-    return _forecast.forecast(plan, dataclasses.replace(rates, one_disk=one_disk))
+    rates = dataclasses.replace(rates, one_disk=one_disk)
+    return _forecast.forecast(plan, rates.shared_by(len(devices)))
 
 
 def _workers(device: str | Device, ray: str | None, threads: int) -> Workers | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,22 @@ class Rates:
     memory: float
     origin: dict[str, str]
     one_disk: bool = False
+
+    def shared_by(self, n_devices: int) -> Rates:
+        """Return the rates of several such devices, each with a link of its own, on the same disks."""
+        if n_devices == 1:
+            return self
+        said = {k: f"{n_devices} times: {self.origin[k]}" for k in ("link", "memory")}
+        copy_in, copy_out, memory = (
+            n_devices * rate for rate in (self.copy_in, self.copy_out, self.memory)
+        )
+        return replace(
+            self,
+            copy_in=copy_in,
+            copy_out=copy_out,
+            memory=memory,
+            origin={**self.origin, **said},
+        )
 
 
 @dataclass(frozen=True)

@@ -400,9 +400,6 @@ def test_memory_is_divided(family: Path) -> None:
     assert two.max_memory == one.max_memory // 2
     assert two.device is not None and two.device.name == TWO
     assert two.device.limit == 10**9
-    result = CliRunner().invoke(main, ["plan", str(family / "ties.yaml"), "--device", TWO])
-    assert result.exit_code == 2
-    assert "a forecast is of one device; give cuda:0" in result.output
 
 
 def test_kernels_do_not_travel(family: Path, tmp_path: Path) -> None:
@@ -470,3 +467,14 @@ def test_binding_holds_for_threads_that_run_already() -> None:
         "stop.set()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+def test_a_forecast_of_several_devices_has_their_links_together(family: Path) -> None:
+    recipe = family / "ties.yaml"
+    told = api.forecast(fastmerge.plan(recipe, device=TWO), "cuda:all", read_rate="1G")
+    run = CliRunner().invoke(main, ["plan", str(recipe), "--device", "cuda:all"])
+    stages = {s.name: s for s in told.stages}
+    assert stages["read"].rate == 1e9
+    assert stages["copy in"].origin == "2 times: measured on cpu, pinned"
+    assert run.exit_code == 0, run.output
+    assert "limits it" in run.output
