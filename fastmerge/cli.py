@@ -325,9 +325,13 @@ def _size(n: float) -> str:
 
 def _headline(plan: Plan) -> str:
     models = len(plan.checkpoints)
+    device = ""
+    if plan.device is not None:
+        streamed = f", {len(plan.streamed)} tensors streamed" if plan.streamed else ""
+        device = f", {_size(plan.device.total)} on {plan.device.name}{streamed}"
     return (
         f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {_size(plan.bytes_read)}, "
-        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}"
+        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}{device}"
     )
 
 
