@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def placed(runs: Sequence[Run]) -> tuple[list[int], int]:
     return offsets, size
 
 
-class DeviceIntake:
+class DeviceIntake(ABC):
     """Brings items into a ring of a device's memory, by a thread of its own; subclasses say how.
 
     memory: of the device, for the ring.
@@ -74,16 +75,16 @@ class DeviceIntake:
         self._thread: threading.Thread | None = None
 
     @property
+    @abstractmethod
     def n_threads(self) -> int:
         """How many threads read."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def busy_seconds(self) -> float:
         """Seconds that they spent reading, all added up."""
-        raise NotImplementedError
 
-    def resize(self, capacity: int) -> None:
+    def resize(self, capacity: int) -> None:  # noqa: B027 (all of them do nothing)
         """Keep the memory: what a device has is taken once."""
 
     def sweep(self, loads: Iterable[tuple[T, Sequence[Run]]]) -> Iterator[tuple[T, list[int]]]:
@@ -133,9 +134,9 @@ class DeviceIntake:
         except BaseException as error:  # the merging thread raises it
             filled.put(error)
 
+    @abstractmethod
     def _fill(self, loads: Iterable[tuple[T, Sequence[Run]]], filled: Filled[T]) -> None:
         """Bring all items and put them, in order."""
-        raise NotImplementedError
 
     def _take(self, size: int) -> int:
         """Return the offset of a region; what fills it waits for the kernels that still read it."""
@@ -150,9 +151,9 @@ class DeviceIntake:
             self.ring.give_back()
         return at
 
+    @abstractmethod
     def _reuse(self, event: Event) -> None:
         """Let nothing be written to a region before its event."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self._halt()  # an error's traceback may hold the sweep open
