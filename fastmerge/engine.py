@@ -295,7 +295,7 @@ class Engine:
 
     def _merge(self, item: WorkItem, operands: Sequence[Operands]) -> None:
         """Merge what is in memory of some jobs: all of each, or the piece its walk is known for."""
-        together = self.plan.item_bytes if self.device else 0  # the host gains nothing by it
+        most = self.plan.item_bytes if self.device else 0  # the host gains nothing by batches
         batch: list[_Part] = []
         size = 0
         for piece, held in zip(item.pieces, operands, strict=True):
@@ -308,7 +308,7 @@ class Engine:
             for part in results_of(job, self.plan.item_bytes) if whole else (piece,):
                 if self._keeps(part):
                     continue
-                if batch and size + part.bytes_in > together:
+                if batch and size + part.bytes_in > most:
                     self._start(batch)
                     batch, size = [], 0
                 first = part.start - piece.start
