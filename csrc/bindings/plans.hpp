@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/four_bit/format.hpp"
 #include "core/plan.hpp"
 
 namespace py = pybind11;
@@ -23,6 +24,52 @@ inline DType dtype_of(int code) {
     if (code < 0 || code > int(DType::BF16)) throw std::invalid_argument("unknown dtype code");
     return DType(code);
 }
+
+/// A coded tensor by the names of format.hpp; memory is borrowed, as everywhere.
+struct PyCoded {
+    Coded view;
+
+    explicit PyCoded(const py::kwargs& given) {
+        for (const auto& [key, value] : given) set(key.cast<std::string>(), value);
+        const int64_t end = view.rows * view.cols;
+        if (view.rows < 1 || view.cols < 1 || view.first < view.origin || view.origin < 0 || view.first > end)
+            throw std::invalid_argument("coded: sizes do not fit");
+    }
+
+  private:
+    template <class T>
+    static T* at(const py::handle& value) {
+        return reinterpret_cast<T*>(value.cast<uintptr_t>());
+    }
+    void set(const std::string& key, const py::handle& value) {
+        if (key == "format") view.format = Format(value.cast<int>());
+        else if (key == "type") view.type = dtype_of(value.cast<int>());
+        else if (key == "scale_type") view.scale_type = ScaleType(value.cast<int>());
+        else if (key == "group") view.group = value.cast<int32_t>();
+        else if (key == "group_rows") view.group_rows = value.cast<int32_t>();
+        else if (key == "symmetric") view.symmetric = value.cast<bool>();
+        else if (key == "v1") view.v1 = value.cast<bool>();
+        else if (key == "other_rule") view.other_rule = value.cast<bool>();
+        else if (key == "search") view.search = value.cast<bool>();
+        else if (key == "rotary") view.rotary = value.cast<int32_t>();
+        else if (key == "rows") view.rows = value.cast<int64_t>();
+        else if (key == "cols") view.cols = value.cast<int64_t>();
+        else if (key == "origin") view.origin = value.cast<int64_t>();
+        else if (key == "first") view.first = value.cast<int64_t>();
+        else if (key == "codes") view.codes = at<uint8_t>(value);
+        else if (key == "scales") view.scales = at<uint8_t>(value);
+        else if (key == "zeros") view.zeros = at<uint8_t>(value);
+        else if (key == "nested") view.nested = at<const float>(value);
+        else if (key == "nested_offset") view.nested_offset = value.cast<float>();
+        else if (key == "tensor_scale") view.tensor_scale = value.cast<float>();
+        else if (key == "group_of") view.group_of = at<const int32_t>(value);
+        else if (key == "low_a") view.low_a = at<const float>(value);
+        else if (key == "low_b") view.low_b = at<const float>(value);
+        else if (key == "rank") view.rank = value.cast<int32_t>();
+        else if (key == "low_scale") view.low_scale = value.cast<float>();
+        else throw std::invalid_argument("coded: no field " + key);
+    }
+};
 
 /// Operands with the storage behind their pointer arrays.
 struct PyOperands {
@@ -107,6 +154,7 @@ inline void check(const Keep& keep, const PyOperands& in) {
 }
 
 inline void bind_plans(py::module_& m) {
+    py::class_<PyCoded>(m, "Coded", py::module_local()).def(py::init<const py::kwargs&>());
     py::class_<PyOperands>(m, "Operands", py::module_local())
         .def(py::init<uintptr_t, int, const std::vector<uintptr_t>&, const std::vector<int>&, int64_t,
                       int64_t, int64_t>());
