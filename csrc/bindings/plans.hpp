@@ -63,8 +63,9 @@ struct PyCoded {
         else if (key == "nested_offset") view.nested_offset = value.cast<float>();
         else if (key == "tensor_scale") view.tensor_scale = value.cast<float>();
         else if (key == "group_of") view.group_of = at<const int32_t>(value);
-        else if (key == "low_a") view.low_a = at<const float>(value);
-        else if (key == "low_b") view.low_b = at<const float>(value);
+        else if (key == "low_a") view.low_a = at<const void>(value);
+        else if (key == "low_b") view.low_b = at<const void>(value);
+        else if (key == "low_type") view.low_type = dtype_of(value.cast<int>());
         else if (key == "rank") view.rank = value.cast<int32_t>();
         else if (key == "low_scale") view.low_scale = value.cast<float>();
         else throw std::invalid_argument("coded: no field " + key);

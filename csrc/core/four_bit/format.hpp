@@ -42,8 +42,8 @@ struct Coded {
     int32_t group_rows = 1;  // rows that share one; 0: all (a scale of the tensor)
     bool symmetric = true;   // no zeros
     bool v1 = false;         // Gptq: zeros are stored less one
-    bool other_rule = false; // the rule of the library's other backend: coding.py
-    bool search = false;     // choose scales by least squared error, not by the largest magnitude
+    bool other_rule = false;  // the rule of the library's other backend: coding.py
+    bool search = false;      // choose scales by least squared error, not by the largest magnitude
     int32_t rotary = 0;      // rows of a head whose halves are stored interleaved (GGUF's q and k); 0: none
     int64_t rows = 1, cols = 1;
     int64_t origin = 0, first = 0;
@@ -54,8 +54,10 @@ struct Coded {
     float nested_offset = 0;
     float tensor_scale = 1;         // Nvfp4: the divisor; GgufNvfp4: a factor
     const int32_t* group_of = nullptr;  // Gptq with act-order: [cols] group of each column
-    // Added to what is decoded: low_scale * B A, rows of B [rows, rank] times A [rank, cols], float32.
-    const float *low_a = nullptr, *low_b = nullptr;
+    // Added to what is decoded: low_scale * (B A), B [rows, rank], A [rank, cols], both of low_type; the sum over
+    // the rank is in order, in float32, one rounding per operation.
+    const void *low_a = nullptr, *low_b = nullptr;
+    DType low_type = DType::F32;
     int32_t rank = 0;
     float low_scale = 0;
 };
