@@ -195,6 +195,11 @@ def unit_rows(coding: Coding, cols: int) -> int:
     return math.lcm(rows, coding.rotary or 1)
 
 
+def result_rows(coding: Coding, cols: int) -> int:
+    """Return how many rows what is coded at once must be a multiple of, where the tensor does not end."""
+    return unit_rows(coding, cols) or 8  # GPTQ and AWQ pack eight outputs in a word
+
+
 def is_atomic(coding: Coding) -> bool:
     """Return whether a result can only be written whole: some part depends on all of the tensor."""
     return coding.nested or coding.format in (Format.GPTQ, Format.AWQ)

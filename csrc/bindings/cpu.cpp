@@ -64,6 +64,28 @@ PYBIND11_MODULE(_cpu, m) {
               run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
               return bad;
           });
+    m.def("walk_coded", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, const PyCoded& out) {
+        check(w.plan.keep, in);
+        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+        bool bad = false;
+        double residual[2];
+        {
+            nogil release;
+            run_walk_coded(w.plan, in.view, f64, known, out.view, &bad, residual);
+        }
+        return py::make_tuple(bad, residual[0], residual[1]);
+    });
+    m.def("walk_peak", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, int type) {
+        check(w.plan.keep, in);
+        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+        bool bad = false;
+        float peak = 0;
+        {
+            nogil release;
+            peak = run_walk_peak(w.plan, in.view, f64, known, dtype_of(type), &bad);
+        }
+        return py::make_tuple(bad, peak);
+    });
     m.def("keep_mask", [](const PyKeep& k, const PyOperands& in, bool f64) {
         check(k.plan, in);
         py::array_t<uint8_t> out({py::ssize_t(in.view.n_experts), py::ssize_t(in.view.n)});

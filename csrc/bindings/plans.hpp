@@ -21,7 +21,7 @@ using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 inline DType dtype_of(int code) {
-    if (code < 0 || code > int(DType::BF16)) throw std::invalid_argument("unknown dtype code");
+    if (code < 0 || code > int(DType::Coded)) throw std::invalid_argument("unknown dtype code");
     return DType(code);
 }
 
@@ -76,10 +76,12 @@ struct PyCoded {
 struct PyOperands {
     std::vector<const void*> experts;
     std::vector<DType> types;
+    py::list coded;  // keeps the descriptions alive that coded operands are given as
     Operands view;
 
     PyOperands(uintptr_t base, int base_type, const std::vector<uintptr_t>& addresses,
-               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols) {
+               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols, py::list owned = {})
+        : coded(owned) {
         if (addresses.size() != codes.size() || start < 0 || n < 0 || cols < 1)
             throw std::invalid_argument("operands: sizes do not fit");
         for (const uintptr_t a : addresses) experts.push_back(reinterpret_cast<const void*>(a));
@@ -155,10 +157,15 @@ inline void check(const Keep& keep, const PyOperands& in) {
 }
 
 inline void bind_plans(py::module_& m) {
-    py::class_<PyCoded>(m, "Coded", py::module_local()).def(py::init<const py::kwargs&>());
+    py::class_<PyCoded>(m, "Coded", py::module_local())
+        .def(py::init<const py::kwargs&>())
+        .def_property_readonly("address",
+                               [](const PyCoded& c) { return reinterpret_cast<uintptr_t>(&c.view); });
     py::class_<PyOperands>(m, "Operands", py::module_local())
         .def(py::init<uintptr_t, int, const std::vector<uintptr_t>&, const std::vector<int>&, int64_t,
-                      int64_t, int64_t>());
+                      int64_t, int64_t, py::list>(),
+             py::arg("base"), py::arg("base_type"), py::arg("addresses"), py::arg("types"), py::arg("start"),
+             py::arg("n"), py::arg("cols"), py::arg("coded") = py::list());
     py::class_<PyKeep>(m, "Keep", py::module_local())
         .def(py::init<>())
         .def("cut", &PyKeep::cut)

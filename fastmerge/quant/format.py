@@ -6,6 +6,7 @@ arithmetic is not here but in csrc/core/four_bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class Constant:
     dtype: DType
     shape: tuple[int, ...]
     content: bytes | None
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
