@@ -1,5 +1,6 @@
 // The kernels of one instruction set, as a table of function pointers; csrc/cpu/dispatch.cpp picks a table.
 #pragma once
+#include "core/four_bit/format.hpp"
 #include "core/plan.hpp"
 
 namespace fastmerge {
@@ -74,6 +75,12 @@ struct KernelTable {
     /// threshold[rank of element j]. threshold: [cols], ascending; scratch: RANK_SCRATCH(cols) words.
     void (*rank_row)(const Operands&, int k, int64_t a, const uint32_t* threshold, uint64_t key,
                      uint32_t* scratch, uint64_t* kept);
+
+    /// core/four_bit/decode.hpp: decode_run.
+    void (*decode)(const Coded&, int64_t i, int m, float* out);
+    /// core/four_bit/encode.hpp.
+    void (*encode_tile)(const Coded&, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                        int64_t stride);
 };
 
 /// The table in use: the best level this machine has, or the one FASTMERGE_CPU_ISA or set_isa names.

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "core/four_bit/decode.hpp"
+#include "core/four_bit/encode.hpp"
 #include "core/walk.hpp"
 #include "cpu/kernels.hpp"
 
@@ -382,7 +384,8 @@ void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, u
 extern const KernelTable table;
 const KernelTable table = {FM_TEXT(FM_ISA), walk,       keep_mask, moments, gram,        gram_columns,
                            sign_balance,    keys,       histogram, bracket, count_equal, find_equal,
-                           rank_unit,       ranks_rows, draws,     draw,    rank_row};
+                           rank_unit,       ranks_rows, draws,     draw,    rank_row,    decode_run,
+                           encode_tile};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge
