@@ -9,7 +9,10 @@
 
 #include "bindings/plans.hpp"
 #include "bindings/transfers.hpp"
+#include "core/four_bit/encode.hpp"
+#include "core/four_bit/nested.hpp"
 #include "core/philox.hpp"
+#include "cpu/four_bit.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/pool.hpp"
 #include "cpu/sweeps.hpp"
@@ -64,17 +67,18 @@ PYBIND11_MODULE(_cpu, m) {
               run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
               return bad;
           });
-    m.def("walk_coded", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, const PyCoded& out) {
-        check(w.plan.keep, in);
-        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
-        bool bad = false;
-        double residual[2];
-        {
-            nogil release;
-            run_walk_coded(w.plan, in.view, f64, known, out.view, &bad, residual);
-        }
-        return py::make_tuple(bad, residual[0], residual[1]);
-    });
+    m.def("walk_coded",
+          [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, const PyCoded& out) {
+              check(w.plan.keep, in);
+              if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+              bool bad = false;
+              double residual[2];
+              {
+                  nogil release;
+                  run_walk_coded(w.plan, in.view, f64, known, out.view, &bad, residual);
+              }
+              return py::make_tuple(bad, residual[0], residual[1]);
+          });
     m.def("walk_peak", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, int type) {
         check(w.plan.keep, in);
         if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
@@ -163,6 +167,28 @@ PYBIND11_MODULE(_cpu, m) {
             const std::vector<double> v = s.result();
             return to_array(v, {py::ssize_t(s.pairs()), py::ssize_t(s.units())});
         });
+
+    m.def("decode", [](const PyCoded& c, int64_t n, uintptr_t out) {
+        if (n < 0 || c.view.first + n > c.view.rows * c.view.cols)
+            throw std::invalid_argument("decode: more elements than the tensor has");
+        nogil release;
+        run_decode(c.view, n, reinterpret_cast<float*>(out));
+    });
+    m.def("encode", [](const PyCoded& c, int64_t row, int64_t rows, uintptr_t x) {
+        if (row < 0 || rows < 0 || row + rows > c.view.rows)
+            throw std::invalid_argument("encode: more rows than the tensor has");
+        if (!generic::encodes(c.view)) throw std::invalid_argument("encode: the format can only be read");
+        nogil release;
+        run_encode(c.view, row, rows, reinterpret_cast<const float*>(x));
+    });
+    m.def("encode_nested", [](uintptr_t absmax, int64_t blocks, float offset, bool cpu_table_rule,
+                              uintptr_t codes, uintptr_t nested) {
+        nogil release;
+        generic::encode_nested(reinterpret_cast<const float*>(absmax), blocks, offset, cpu_table_rule,
+                               reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(nested));
+    });
+    m.def("tensor_scale",
+          [](const PyCoded& c, float peak) { return generic::tensor_scale_of(c.view, peak); });
 
     m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
         const generic::Philox4 r = generic::philox4x32_10(c0, c1, c2, c3, k0, k1);

@@ -42,33 +42,60 @@ struct PyCoded {
         return reinterpret_cast<T*>(value.cast<uintptr_t>());
     }
     void set(const std::string& key, const py::handle& value) {
-        if (key == "format") view.format = Format(value.cast<int>());
-        else if (key == "type") view.type = dtype_of(value.cast<int>());
-        else if (key == "scale_type") view.scale_type = ScaleType(value.cast<int>());
-        else if (key == "group") view.group = value.cast<int32_t>();
-        else if (key == "group_rows") view.group_rows = value.cast<int32_t>();
-        else if (key == "symmetric") view.symmetric = value.cast<bool>();
-        else if (key == "v1") view.v1 = value.cast<bool>();
-        else if (key == "other_rule") view.other_rule = value.cast<bool>();
-        else if (key == "search") view.search = value.cast<bool>();
-        else if (key == "rotary") view.rotary = value.cast<int32_t>();
-        else if (key == "rows") view.rows = value.cast<int64_t>();
-        else if (key == "cols") view.cols = value.cast<int64_t>();
-        else if (key == "origin") view.origin = value.cast<int64_t>();
-        else if (key == "first") view.first = value.cast<int64_t>();
-        else if (key == "codes") view.codes = at<uint8_t>(value);
-        else if (key == "scales") view.scales = at<uint8_t>(value);
-        else if (key == "zeros") view.zeros = at<uint8_t>(value);
-        else if (key == "nested") view.nested = at<const float>(value);
-        else if (key == "nested_offset") view.nested_offset = value.cast<float>();
-        else if (key == "tensor_scale") view.tensor_scale = value.cast<float>();
-        else if (key == "group_of") view.group_of = at<const int32_t>(value);
-        else if (key == "low_a") view.low_a = at<const void>(value);
-        else if (key == "low_b") view.low_b = at<const void>(value);
-        else if (key == "low_type") view.low_type = dtype_of(value.cast<int>());
-        else if (key == "rank") view.rank = value.cast<int32_t>();
-        else if (key == "low_scale") view.low_scale = value.cast<float>();
-        else throw std::invalid_argument("coded: no field " + key);
+        if (key == "format")
+            view.format = Format(value.cast<int>());
+        else if (key == "type")
+            view.type = dtype_of(value.cast<int>());
+        else if (key == "scale_type")
+            view.scale_type = ScaleType(value.cast<int>());
+        else if (key == "group")
+            view.group = value.cast<int32_t>();
+        else if (key == "group_rows")
+            view.group_rows = value.cast<int32_t>();
+        else if (key == "symmetric")
+            view.symmetric = value.cast<bool>();
+        else if (key == "v1")
+            view.v1 = value.cast<bool>();
+        else if (key == "other_rule")
+            view.other_rule = value.cast<bool>();
+        else if (key == "search")
+            view.search = value.cast<bool>();
+        else if (key == "rotary")
+            view.rotary = value.cast<int32_t>();
+        else if (key == "rows")
+            view.rows = value.cast<int64_t>();
+        else if (key == "cols")
+            view.cols = value.cast<int64_t>();
+        else if (key == "origin")
+            view.origin = value.cast<int64_t>();
+        else if (key == "first")
+            view.first = value.cast<int64_t>();
+        else if (key == "codes")
+            view.codes = at<uint8_t>(value);
+        else if (key == "scales")
+            view.scales = at<uint8_t>(value);
+        else if (key == "zeros")
+            view.zeros = at<uint8_t>(value);
+        else if (key == "nested")
+            view.nested = at<const float>(value);
+        else if (key == "nested_offset")
+            view.nested_offset = value.cast<float>();
+        else if (key == "tensor_scale")
+            view.tensor_scale = value.cast<float>();
+        else if (key == "group_of")
+            view.group_of = at<const int32_t>(value);
+        else if (key == "low_a")
+            view.low_a = at<const void>(value);
+        else if (key == "low_b")
+            view.low_b = at<const void>(value);
+        else if (key == "low_type")
+            view.low_type = dtype_of(value.cast<int>());
+        else if (key == "rank")
+            view.rank = value.cast<int32_t>();
+        else if (key == "low_scale")
+            view.low_scale = value.cast<float>();
+        else
+            throw std::invalid_argument("coded: no field " + key);
     }
 };
 

@@ -77,9 +77,9 @@ inline void add_residual(const float* x, const float* decoded, int64_t n, double
     for (int j = 0; j < BLOCK; ++j) sums[0] += double(errors[j]), sums[1] += double(squares[j]);
 }
 
-/// Merge rows [row, row + rows), columns [col, col + cols) of the tensor and code them; true if an operand, or
-/// what was merged as the type that is coded, is not finite. scratch: 8 bytes for each element. residual: gets
-/// the sums of squared errors and of squares added.
+/// Merge rows [row, row + rows), columns [col, col + cols) of the tensor and code them; true if an operand,
+/// or what was merged as the type that is coded, is not finite. scratch: 8 bytes for each element. residual:
+/// gets the sums of squared errors and of squares added.
 bool walk_coded(const WalkPlan& plan, const Operands& in, const Ranks& ranks, bool f64, const Coded& out,
                 int64_t row, int rows, int64_t col, int64_t cols, void* scratch, double* residual) {
     float* x = static_cast<float*>(scratch);
@@ -114,7 +114,8 @@ bool walk_peak(const WalkPlan& plan, const Operands& in, const Ranks& ranks, boo
     bool bad = false;
     for (int64_t i = a; i < b; i += TILE_ELEMENTS) {
         const int m = int(std::min(TILE_ELEMENTS, b - i));
-        bad |= walk(plan, in, ranks, f64, i, i + m, reinterpret_cast<char*>(merged) - i * itemsize(type), type);
+        bad |=
+            walk(plan, in, ranks, f64, i, i + m, reinterpret_cast<char*>(merged) - i * itemsize(type), type);
         load_run<float>(merged, type, 0, m, x);
         for (int j = 0; j < m; ++j) {
             const uint32_t key = key_of(x[j]);

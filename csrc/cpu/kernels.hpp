@@ -35,12 +35,13 @@ struct KernelTable {
     bool (*walk)(const WalkPlan&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b, void* out,
                  DType out_type);
     /// Merge rows [row, row + rows), columns [col, col + cols) of the tensor and code them: a whole number of
-    /// the format's tiles, all in the chunk. scratch: 8 bytes for each element. True if an operand, or a value
-    /// as the type that is coded, is not finite; nothing is coded then. residual: gets the
-    /// sums of squared errors and of squares added.
-    bool (*walk_coded)(const WalkPlan&, const Operands&, const Ranks&, bool f64, const Coded& out, int64_t row,
-                       int rows, int64_t col, int64_t cols, void* scratch, double* residual);
-    /// Raise `peak`, a key, to the largest magnitude of merged elements [a, b) as `type`; as `walk` otherwise.
+    /// the format's tiles, all in the chunk. scratch: 8 bytes for each element. True if an operand, or a
+    /// value as the type that is coded, is not finite; nothing is coded then. residual: gets the sums of
+    /// squared errors and of squares added.
+    bool (*walk_coded)(const WalkPlan&, const Operands&, const Ranks&, bool f64, const Coded& out,
+                       int64_t row, int rows, int64_t col, int64_t cols, void* scratch, double* residual);
+    /// Raise `peak`, a key, to the largest magnitude of merged elements [a, b) as `type`; as `walk`
+    /// otherwise.
     bool (*walk_peak)(const WalkPlan&, const Operands&, const Ranks&, bool f64, DType type, int64_t a,
                       int64_t b, uint32_t* peak);
     /// Write [K, n] uint8 for elements [a, b).
@@ -84,6 +85,12 @@ struct KernelTable {
     /// threshold[rank of element j]. threshold: [cols], ascending; scratch: RANK_SCRATCH(cols) words.
     void (*rank_row)(const Operands&, int k, int64_t a, const uint32_t* threshold, uint64_t key,
                      uint32_t* scratch, uint64_t* kept);
+
+    /// core/four_bit/decode.hpp: decode_run.
+    void (*decode)(const Coded&, int64_t i, int m, float* out);
+    /// core/four_bit/encode.hpp.
+    void (*encode_tile)(const Coded&, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                        int64_t stride);
 };
 
 /// The table in use: the best level this machine has, or the one FASTMERGE_CPU_ISA or set_isa names.

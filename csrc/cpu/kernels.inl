@@ -282,8 +282,8 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
     for (int64_t r = 0; r < m; ++r) rank[order[r].index] = uint32_t(r);
 }
 
-#include "cpu/statistics_common.inl"
 #include "cpu/coded.inl"
+#include "cpu/statistics_common.inl"
 
 // The instantiation of a template for the operands' types.
 #define FM_BY_TYPE(in, name, ...)                  \
@@ -417,10 +417,10 @@ void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, u
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {FM_TEXT(FM_ISA), walk,      walk_coded, walk_peak,  keep_mask, moments,
-                           gram,            gram_columns, sign_balance, keys,  histogram, bracket,
-                           count_equal,     find_equal, rank_unit, ranks_rows, draws,     draw,
-                           rank_row};
+const KernelTable table = {
+    FM_TEXT(FM_ISA), walk,         walk_coded, walk_peak, keep_mask, moments,     gram,
+    gram_columns,    sign_balance, keys,       histogram, bracket,   count_equal, find_equal,
+    rank_unit,       ranks_rows,   draws,      draw,      rank_row,  decode_run,  encode_tile};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

@@ -252,7 +252,8 @@ void OrderSweep::feed_sample(const Operands& in, int64_t first) {
     for (int k = 0; k < in.n_experts; ++k)
         experts.push_back(held[k].data()), types.push_back(held_type(in.expert_type[k]));
     if (in.base) sample.base = held[in.n_experts].data(), sample.base_type = held_type(in.base_type);
-    sample.expert = experts.data(), sample.expert_type = types.data(), sample.start = 0, sample.n = taken, sample.cols = 1;
+    sample.expert = experts.data(), sample.expert_type = types.data(), sample.start = 0, sample.n = taken,
+    sample.cols = 1;
     parallel(q.n_keys, [&](int64_t k) {
         std::vector<uint64_t>& keys = collected_[k];
         keys.resize(keys.size() + size_t(taken));

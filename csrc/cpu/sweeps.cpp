@@ -179,8 +179,8 @@ void run_walk_coded(const WalkPlan& plan, const Operands& in, bool f64, Decided*
             const int64_t row = t / widths * unit.rows, col = t % widths * width;
             const int n_rows = int(std::min(unit.rows, rows - row));
             if (kernels().walk_coded(plan, in, ranks.view, f64, out, first + row, n_rows,
-                                     col + (flat ? in.start : 0), std::min(width, cols - col),
-                                     scratch.data(), sums.data() + 2 * task))
+                                     col + (flat ? in.start : 0), std::min(width, cols - col), scratch.data(),
+                                     sums.data() + 2 * task))
                 seen = true;
         }
     });

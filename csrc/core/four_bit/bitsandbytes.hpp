@@ -1,0 +1,152 @@
+// bitsandbytes NF4 and FP4: blocks over the flattened tensor, whose scale is their largest magnitude.
+#pragma once
+#include "core/four_bit/dynamic_map.hpp"
+#include "core/four_bit/lookup.hpp"
+#include "core/four_bit/scalars.hpp"
+
+namespace fastmerge {
+namespace FM_ISA {
+
+#define FM_NF4_VALUES                                                                                  \
+    -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+        -0.18477343022823334f, -0.09105003625154495f, 0.f, 0.07958029955625534f, 0.16093020141124725f, \
+        0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,         \
+        0.7229568362236023f, 1.f
+
+/// By code.
+struct Nf4 {
+    static constexpr bool is_fp4 = false;
+    static constexpr int zero = 7;
+    FM_HD static float value(int code) {
+        const float values[16] = {FM_NF4_VALUES};
+        return values[code];
+    }
+    /// The value of each rank; ascending.
+    FM_HD static constexpr float ranked(int rank) {
+        constexpr float values[16] = {FM_NF4_VALUES};
+        return values[rank];
+    }
+    FM_HD static int code_of_rank(int rank) { return rank; }
+};
+
+/// Not E2M1: magnitudes 0, 1/16, 8, 12, 4, 6, 2, 3 of 12.
+struct Fp4 {
+    static constexpr bool is_fp4 = true;
+    static constexpr int zero = 0;
+    FM_HD static constexpr float ranked(int rank) {
+        constexpr float twelfths[8] = {0.f, 0.0625f, 2.f, 3.f, 4.f, 6.f, 8.f, 12.f};
+        return rank < 8 ? (rank == 7 ? 0.f : -(twelfths[7 - rank] / 12.f)) : twelfths[rank - 8] / 12.f;
+    }
+    /// Ranks 7 and 8 are the two zeros, of which 0 sorts before -0 (code 8).
+    FM_HD static int code_of_rank(int rank) {
+        const int magnitude = rank < 8 ? 7 - rank : rank - 8;
+        const int sign = (rank < 7) | (rank == 8) ? 8 : 0;
+        return sign | (magnitude ^ (magnitude & 2) << 1);
+    }
+    FM_HD static float value(int code) {
+        const float twelfths[8] = {0.f, 0.0625f, 8.f, 12.f, 4.f, 6.f, 2.f, 3.f};
+        const float magnitude = twelfths[code & 7] / 12.f;
+        return code & 8 ? -magnitude : magnitude;
+    }
+};
+
+/// The code of a scaled value: midpoints strictly below it are counted, so a tie takes the lower one.
+template <class Book>
+FM_HD inline int book_code(float s) {
+    int rank = 0;
+    FM_UNROLL for (int k = 0; k < 15; ++k) rank += s > (Book::ranked(k) + Book::ranked(k + 1)) / 2;
+    return Book::code_of_rank(rank);
+}
+
+/// As the CUDA kernel has it: thresholds on the magnitude, ties towards zero, a negative zero keeps its sign.
+FM_HD inline int fp4_code_by_magnitude(float s) {
+    const float a = absolute(s);
+    int rank = (a > 0.00260417f) + (a > 0.0859375f) + (a > 0.20833333f) + (a > 0.29166667f);
+    rank += (a > 0.4166667f) + (a > 0.583333f) + (a > 0.8333333f);
+    return (s < 0 ? 8 : 0) | (rank ^ (rank & 2) << 1);
+}
+
+template <class Book, bool CUDA_RULE>
+FM_HD inline int bnb_code(float s) {
+    if constexpr (CUDA_RULE && Book::is_fp4) return fp4_code_by_magnitude(s);
+    return book_code<Book>(s);
+}
+
+/// How a block is scaled before it is coded: times the reciprocal, but by division in a short last block of
+/// the CPU's rule, which also keeps the scale from being zero.
+struct BnbScale {
+    float divisor, reciprocal;
+    bool divide;
+};
+
+FM_HD inline BnbScale bnb_scale(float peak, bool is_short, bool cuda_rule) {
+    const float divisor = !cuda_rule && peak < 1e-38f ? 1e-38f : peak;
+    return {divisor, 1.f / divisor, is_short && !cuda_rule};
+}
+
+template <class Book, bool CUDA_RULE, int N>
+FM_HD inline void bnb_codes(const float* x, int n, BnbScale s, uint8_t* code) {
+    if (s.divide)
+        for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] / s.divisor));
+    else
+        for (int j = 0; j < trips<N>(n); ++j)
+            code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] * s.reciprocal));
+}
+
+template <class Book, bool CUDA_RULE>
+FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
+    const float peak = peak_of(x, n);
+    const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
+    const float stored = s.divide ? s.divisor : peak;
+    memcpy(c.scales + block * 4, &stored, sizeof stored);
+    uint8_t* bytes = c.codes + block * c.group / 2;
+    uint8_t code[PIECE];
+    const uint8_t rest = uint8_t(bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal));
+    for (; n >= PIECE; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
+        bnb_codes<Book, CUDA_RULE, PIECE>(x, PIECE, s, code);
+        pack_nibbles<true, PIECE>(code, PIECE, 0, bytes);
+    }
+    bnb_codes<Book, CUDA_RULE, 0>(x, n, s, code);
+    pack_nibbles<true, 0>(code, n, rest, bytes);
+}
+
+/// Code flat elements [first, first + n); `first` begins a block.
+template <class Book, bool CUDA_RULE>
+FM_HD inline void encode_bnb(const Coded& c, int64_t first, int64_t n, const float* x) {
+    int64_t block = (first - c.origin) / c.group;
+    for (int64_t i = 0; i < n; i += c.group, ++block)
+        encode_bnb_block<Book, CUDA_RULE>(c, block, x + i, int(n - i < c.group ? n - i : c.group));
+}
+
+/// Scale of a block, counted from the tensor's first.
+FM_HD inline float bnb_absmax(const Coded& c, int64_t block) {
+    const int64_t at = block - c.origin / c.group;
+    if (!c.nested) return load_scale(c.scales, ScaleType::F32, at);
+    return dynamic_value(c.scales[at]) * c.nested[block / 256] + c.nested_offset;
+}
+
+template <class Book, int N>
+FM_HD inline void decode_bnb_piece(const Coded& c, int64_t flat, int n, float* out) {
+    uint8_t code[PIECE];
+    unpack_nibbles<true, N>(c.codes, flat - c.origin, n, code);
+    const float scale = bnb_absmax(c, flat / c.group);
+    look_up<N, Book>(code, n, out);
+    for (int j = 0; j < trips<N>(n); ++j) out[j] *= scale;
+}
+
+/// Flat elements [flat, flat + m), a piece of a block at a time.
+template <class Book>
+FM_HD inline void decode_bnb(const Coded& c, int64_t flat, int m, float* out) {
+    while (m > 0) {
+        const int64_t left = c.group - flat % c.group;
+        const int n = int(left < PIECE ? left : PIECE) < m ? int(left < PIECE ? left : PIECE) : m;
+        if (n == PIECE && (flat - c.origin) % 2 == 0)
+            decode_bnb_piece<Book, PIECE>(c, flat, n, out);
+        else
+            decode_bnb_piece<Book, 0>(c, flat, n, out);
+        flat += n, m -= n, out += n;
+    }
+}
+
+}  // namespace FM_ISA
+}  // namespace fastmerge
