@@ -4,11 +4,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-class Coded:
-    def __init__(self, **fields: Any) -> None: ...
-    @property
-    def address(self) -> int: ...
-
 class Operands:
     def __init__(
         self,
@@ -24,6 +19,8 @@ class Operands:
 
 class Coded:
     def __init__(self, **fields: float) -> None: ...
+    @property
+    def address(self) -> int: ...
 
 class Keep:
     def __init__(self) -> None: ...

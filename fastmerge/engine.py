@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
 from typing import Protocol
 
+from fastmerge import packed
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels, Residual
 from fastmerge.backends.memory import copy_bytes, same_bytes
-from fastmerge import packed
 from fastmerge.budget import take_memory
 from fastmerge.checkpoint import word_bytes
 from fastmerge.checkpoint.checksum import checksum
@@ -535,7 +535,6 @@ class Engine:
             if not sweep.next_pass():
                 return sweep.result()
 
-
     # ---- formats that start from the whole tensor's largest magnitude ---------------------------------
 
     def _find_peaks(self) -> None:
@@ -583,9 +582,7 @@ class Engine:
     def _find_peak(self, job: TensorJob, walk: Walk | Copy, held: Operands) -> None:
         assert job.stored is not None
         with self.watch.time("statistics"):
-            bad, high = peak(
-                self.kernels, walk, held, job.stored.coding.dtype, self.chunk_elements
-            )
+            bad, high = peak(self.kernels, walk, held, job.stored.coding.dtype, self.chunk_elements)
         if bad:
             refuse_nonfinite(Piece(job, held.start, held.n))
         self.peaks[job.name] = max(self.peaks.get(job.name, 0.0), high)

@@ -10,7 +10,15 @@ from enum import Enum
 
 from fastmerge.checkpoint import TensorInfo
 from fastmerge.checkpoint.coded import CodedInfo
-from fastmerge.coding import Coding, PartSpec, is_atomic, needs_peak, parts_of, result_rows, unit_rows
+from fastmerge.coding import (
+    Coding,
+    PartSpec,
+    is_atomic,
+    needs_peak,
+    parts_of,
+    result_rows,
+    unit_rows,
+)
 from fastmerge.dtypes import DType
 from fastmerge.quant.format import Constant, OutFormat, Part
 from fastmerge.registry import Params, Scope, TensorContext
@@ -49,7 +57,7 @@ class Operand:
     info: TensorInfo | CodedInfo
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """Return what has to be read for elements [start, stop): of a coded one slot by slot, then A and B."""
+        """Return what has to be read for elements [start, stop); of a coded tensor slot by slot, then A and B."""
         info = self.info
         if isinstance(info, TensorInfo):
             size = info.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Coded tensors between files and kernels: operands and results as kernels take them, and what is known late."""
+"""Coded tensors between files and kernels: operands, results, and what is known late."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def result_of(
     rows, cols = matrix_of(job.shape)
     origin = 0 if job.is_atomic else piece.start
     scale = _tensor_scale(job, peak) if job.needs_peak else 1.0
-    return Coded(
-        coding, rows, cols, origin, piece.start, piece.n, slots, tensor_scale=scale
-    )
+    return Coded(coding, rows, cols, origin, piece.start, piece.n, slots, tensor_scale=scale)
 
 
 def _tensor_scale(job: TensorJob, peak: float) -> float:
@@ -148,7 +146,12 @@ def _code_scales(result: Coded, memory: Memory, addresses: Sequence[int]) -> flo
     codes = np.empty(n, np.uint8)
     nested = np.empty(-(-n // 256), np.float32)
     _cpu.encode_nested(
-        absmax.address, n, offset, not result.coding.other_rule, codes.ctypes.data, nested.ctypes.data
+        absmax.address,
+        n,
+        offset,
+        not result.coding.other_rule,
+        codes.ctypes.data,
+        nested.ctypes.data,
     )
     _, coded_scales, nested_scales = addresses
     copy_bytes(memory.buffer(coded_scales, DType.U8, codes.nbytes), _host(codes))
@@ -157,7 +160,7 @@ def _code_scales(result: Coded, memory: Memory, addresses: Sequence[int]) -> flo
 
 
 def first_nonfinite_of(operand: Operand, piece: Piece) -> int | None:
-    """Return the flat index of the first NaN or infinity among a piece's elements, read from the files again."""
+    """Return the flat index of a piece's first NaN or infinity, read from the files again."""
     held: list[ctypes.Array[ctypes.c_char]] = []
     if isinstance(operand.info, TensorInfo):
         for start in range(piece.start, piece.start + piece.n, CHUNK_ELEMENTS):
@@ -181,15 +184,15 @@ def first_nonfinite_of(operand: Operand, piece: Piece) -> int | None:
     return None
 
 
-def _read(
-    operand: Operand, piece: Piece, held: list[ctypes.Array[ctypes.c_char]]
-) -> list[int]:
+def _read(operand: Operand, piece: Piece, held: list[ctypes.Array[ctypes.c_char]]) -> list[int]:
     """Read a piece's spans into memory that `held` keeps; returns their addresses."""
     for span in operand.spans(piece.start, piece.start + piece.n):
         with opened(span.info.file) as (fd, _):
             data = read_at(fd, span.info.file, span.info.offset + span.first, span.n)
         held.append(ctypes.create_string_buffer(data, max(1, len(data))))
-    return [ctypes.addressof(h) for h in held[-len(operand.spans(piece.start, piece.start + piece.n)) :]]
+    return [
+        ctypes.addressof(h) for h in held[-len(operand.spans(piece.start, piece.start + piece.n)) :]
+    ]
 
 
 __all__ = ["first_nonfinite_of", "late", "operand_of", "result_of"]

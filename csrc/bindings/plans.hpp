@@ -107,7 +107,7 @@ struct PyOperands {
     Operands view;
 
     PyOperands(uintptr_t base, int base_type, const std::vector<uintptr_t>& addresses,
-               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols, py::list owned = {})
+               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols, py::list owned)
         : coded(owned) {
         if (addresses.size() != codes.size() || start < 0 || n < 0 || cols < 1)
             throw std::invalid_argument("operands: sizes do not fit");

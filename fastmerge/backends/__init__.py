@@ -48,7 +48,7 @@ class Buffer:
 
 @dataclass
 class Residual:
-    """What coding cost: sums, over the elements coded so far, of squared errors and of squares, in float64."""
+    """What coding cost: sums of squared errors and of squares, over the elements coded so far."""
 
     errors: float = 0.0
     squares: float = 0.0
@@ -68,8 +68,8 @@ class Coded:
     """As `Buffer`, elements [start, start + n) of a tensor [rows, cols] that is stored as codes.
 
     Read as operand, written as result. slots: memory of each part (`coding.parts_of`); parts that are cut
-    along with the tensor begin with what belongs to flat index `origin`. low_a, low_b: see `LowRank`. residual:
-    of a result, is added to by kernels that tell it.
+    along with the tensor begin with what belongs to flat index `origin`. low_a, low_b: see `LowRank`.
+    residual: of a result, is added to by kernels that tell it.
     """
 
     coding: Coding

@@ -1,4 +1,4 @@
-"""Coded tensors for kernels on the host that know none: decoded before, coded after, by csrc/core/four_bit."""
+"""Coded tensors for kernels on the host that know none: decoded before, coded after."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class Scales:
 class Quantised:
     """What `OutFormat.config` needs: the coded tensors and those that were left in 16 bit.
 
-    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of two-dimensional
-    weights of linear modules that stay dense. config: the model's own config.json. dtype: of dense tensors.
+    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of
+    two-dimensional weights of linear modules that stay dense. config: the model's own config.json. dtype: of dense tensors.
     """
 
     coded: Mapping[str, Coding]
