@@ -57,7 +57,7 @@ class Operand:
     info: TensorInfo | CodedInfo
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """Return what has to be read for elements [start, stop); of a coded tensor slot by slot, then A and B."""
+        """Return what has to be read for elements [start, stop): slot by slot, then A and B."""
         info = self.info
         if isinstance(info, TensorInfo):
             size = info.dtype.itemsize

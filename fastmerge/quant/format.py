@@ -56,7 +56,8 @@ class Quantised:
     """What `OutFormat.config` needs: the coded tensors and those that were left in 16 bit.
 
     coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of
-    two-dimensional weights of linear modules that stay dense. config: the model's own config.json. dtype: of dense tensors.
+    two-dimensional weights of linear modules that stay dense. config: the model's own config.json.
+    dtype: of dense tensors.
     """
 
     coded: Mapping[str, Coding]
