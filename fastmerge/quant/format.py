@@ -50,8 +50,9 @@ class Scales:
 class Quantised:
     """What `OutFormat.config` needs: the coded tensors and those that were left in 16 bit.
 
-    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of two-dimensional
-    weights of linear modules that stay dense. config: the model's own config.json. dtype: of dense tensors.
+    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of
+    two-dimensional weights of linear modules that stay dense. config: the model's own config.json.
+    dtype: of dense tensors.
     """
 
     coded: Mapping[str, Coding]
@@ -63,7 +64,15 @@ class Quantised:
 class OutFormat(Protocol):
     """A way to store a whole model."""
 
-    name: str  # as `--quantize` takes it
+    @property
+    def name(self) -> str:
+        """As `--quantize` takes it."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Formats of one family can be mixed in one folder."""
+        ...
 
     def coding(self, dtype: DType, shape: tuple[int, ...]) -> Coding:
         """Return how a weight [out, in] is coded; dtype: what values are rounded to first."""
