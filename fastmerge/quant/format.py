@@ -69,7 +69,15 @@ class Quantised:
 class OutFormat(Protocol):
     """A way to store a whole model."""
 
-    name: str  # as `--quantize` takes it
+    @property
+    def name(self) -> str:
+        """As `--quantize` takes it."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Formats of one family can be mixed in one folder."""
+        ...
 
     def coding(self, dtype: DType, shape: tuple[int, ...]) -> Coding:
         """Return how a weight [out, in] is coded; dtype: what values are rounded to first."""
