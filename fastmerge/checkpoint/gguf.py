@@ -276,7 +276,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
         (n_values, "values", _LEAST_VALUE),
         (n_tensors, "tensors", _LEAST_TENSOR),
     ):
-        if n > cursor.left // least:
+        if n > (cursor.size - cursor.at) // least:
             raise CheckpointError(
                 f"{where} claims {n} {what}, more than its {cursor.size} bytes can hold"
             )

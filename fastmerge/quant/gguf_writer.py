@@ -111,7 +111,7 @@ def gguf_targets(
             continue
         if name is None:
             raise CheckpointError(
-                f"tensor {shown(hf)} has no name in a GGUF file of this architecture; write safetensors instead"
+                f"tensor {shown(hf)} has no name in a GGUF file of this kind; write safetensors instead"
             )
         what = _held(wanted.get(name, format), shape)
         rotary = rows.rotary(hf, name, shape) if rows else 0
