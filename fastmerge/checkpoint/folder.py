@@ -46,6 +46,7 @@ class Checkpoint:
 
     config is the content of config.json, None where there is none. identities belong to
     weight_files. dropped: stored tensors that are not the model's but a format's own -> why.
+    warnings are for the user.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Checkpoint:
     weight_files: list[Path]
     identities: list[FileIdentity] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a weight file was replaced or written to since opening."""
