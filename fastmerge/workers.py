@@ -191,6 +191,7 @@ def _check_visible(assignment: Assignment) -> None:
     """Raise CheckpointError if this machine does not have the folders that the coordinator has."""
     for what, folder in (
         *(("input", f) for f in assignment.recipe.found),
+        *(("adapter", f) for f in assignment.recipe.adapters if f is not None),
         ("output", assignment.out),
     ):
         if not os.path.isdir(folder):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.checkpoint.files import FileIdentity, read_json_object
 from fastmerge.checkpoint.header import TensorInfo, read_header
 from fastmerge.checkpoint.wording import is_plain_name, place, reason, shown
@@ -24,17 +25,18 @@ _OTHER_KINDS = (
     (
         re.compile(r"adapter_model.*\.(safetensors|bin)"),
         "an adapter",
-        "merge it into its base with peft's merge_and_unload() and save_pretrained()",
+        "which belongs to a base; give both, as BASE+ADAPTER",
     ),
     (
         re.compile(r"(pytorch_model|model|consolidated).*\.(bin|pt|pth)"),
         "torch weights",
-        "load it with transformers and save_pretrained() it to get safetensors",
+        "not supported yet; load it with transformers and save_pretrained() it to get safetensors",
     ),
     (
         re.compile(r".+\.gguf"),
         "GGUF weights",
-        "load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained() it",
+        "not supported yet; load it with transformers' from_pretrained(..., gguf_file=...) and "
+        "save_pretrained() it",
     ),
 )
 
@@ -43,18 +45,22 @@ _OTHER_KINDS = (
 class Checkpoint:
     """One model folder with every header checked. tensors are ordered by file, then by offset.
 
-    config is the content of config.json, None where there is none. identities belong to
-    weight_files.
+    config is the content of config.json, None where there is none. identities are of all files that
+    its weights depend on. adapter is the folder of the adapter that was added to them.
     """
 
     path: Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo | CodedInfo]
     config: dict[str, Any] | None
     weight_files: list[Path]
     identities: list[FileIdentity] = field(default_factory=list)
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a weight file was replaced or written to since opening."""
+        """Raise CheckpointError if one of these files was replaced or written to since opening."""
         for known in self.identities:
             known.check_unchanged()
 
@@ -70,7 +76,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             does not fit the others; names the file and what is wrong.
     """
     path = Path(path)
-    names = _list(path)
+    names = list_folder(path)
     weight_map: dict[str, str] | None = None
     if SINGLE in names:
         files = [SINGLE]
@@ -86,7 +92,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files = _unindexed(path, names)
     config = read_json_object(path / CONFIG, strict=False) if CONFIG in names else None
     headers = [read_header(path / file) for file in files]
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo | CodedInfo] = {}
     for header in headers:
         for name, info in header.tensors.items():
             if weight_map is not None:
@@ -109,7 +115,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     )
 
 
-def _list(path: Path) -> set[str]:
+def list_folder(path: Path) -> set[str]:
     """Return the names in a folder but hidden ones, such as macOS' `._model.safetensors`."""
     try:
         if path.is_file():
@@ -151,9 +157,7 @@ def _no_weights(path: Path, names: set[str]) -> str:
     for pattern, kind, remedy in _OTHER_KINDS:
         for name in sorted(names):
             if pattern.fullmatch(name):
-                return (
-                    f"{place(path)} holds only {kind} ({shown(name)}), not supported yet; {remedy}"
-                )
+                return f"{place(path)} holds only {kind} ({shown(name)}), {remedy}"
     return f"{place(path)} holds no weights: neither {SINGLE} nor any other *.safetensors file"
 
 
