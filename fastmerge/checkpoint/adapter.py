@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from fastmerge.checkpoint.coded import CodedInfo, LowRank
 from fastmerge.checkpoint.files import FileIdentity, identity, read_json_object
@@ -18,6 +19,8 @@ from fastmerge.checkpoint.wording import place, shown
 from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
+
+_T = TypeVar("_T")
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,8 +33,8 @@ _HEAD = "lm_head.weight"
 
 _FACTOR_TYPES = (DType.F32, DType.F16, DType.BF16)
 
-#: What factors were before training, where that left the base's weights as they are. The first product of others
-#: was taken out of them, so that what was trained belongs to a base that is stored nowhere.
+#: What factors were before training, where that left the base as it is. The first product of other factors
+#: was taken out of the base, so that those that were trained belong to a model that is stored nowhere.
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 #: Settings of training and of loading, which do not change what factors mean.
@@ -86,26 +89,23 @@ class Adapter:
 
 @dataclass(frozen=True)
 class _Settings:
+    """What factors' shapes and scales follow from: of patterns, the first that matches a module's name."""
+
     where: str
     rank: int
     alpha: float
     by_root: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Sequence[tuple[re.Pattern[str], int]]
+    alphas: Sequence[tuple[re.Pattern[str], float]]
 
     def rank_of(self, module: str) -> int:
-        return self.ranks.get(_matching(self.ranks, module), self.rank)
+        return next((r for pattern, r in self.ranks if pattern.match(module)), self.rank)
 
     def scale_of(self, module: str) -> float:
         """Return what B A is multiplied by."""
         rank = self.rank_of(module)
-        alpha = self.alphas.get(_matching(self.alphas, module), self.alpha)
+        alpha = next((a for pattern, a in self.alphas if pattern.match(module)), self.alpha)
         return alpha / math.sqrt(rank) if self.by_root else alpha / rank
-
-
-def _matching(patterns: Mapping[str, Any], module: str) -> str:
-    """Return the first pattern that matches a module's last components; without one, an empty text."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
 
 
 def read_adapter(path: Path | str) -> Adapter:
@@ -195,17 +195,9 @@ def _read_settings(path: Path) -> _Settings:
         where,
         rank=_rank(config.pop("r", None), f"{where}: r"),
         alpha=_number(config.pop("lora_alpha", None), f"{where}: lora_alpha"),
-        by_root=_flag(config.pop("use_rslora", False), f"{where}: use_rslora"),
-        ranks={
-            key: _rank(value, f"{where}: rank_pattern[{shown(key)}]")
-            for key, value in _patterns(config.pop("rank_pattern", None), f"{where}: rank_pattern")
-        },
-        alphas={
-            key: _number(value, f"{where}: alpha_pattern[{shown(key)}]")
-            for key, value in _patterns(
-                config.pop("alpha_pattern", None), f"{where}: alpha_pattern"
-            )
-        },
+        by_root=_flag(config.pop("use_rslora", None), f"{where}: use_rslora"),
+        ranks=_patterns(config.pop("rank_pattern", None), f"{where}: rank_pattern", _rank),
+        alphas=_patterns(config.pop("alpha_pattern", None), f"{where}: alpha_pattern", _number),
     )
     start = config.pop("init_lora_weights", True)
     if not isinstance(start, bool | None) and str(start).lower() not in _STARTS:
@@ -254,17 +246,24 @@ def _flag(value: Any, where: str) -> bool:
     return bool(value)
 
 
-def _patterns(value: Any, where: str) -> list[tuple[str, Any]]:
+def _patterns(
+    value: Any, where: str, check: Callable[[Any, str], _T]
+) -> list[tuple[re.Pattern[str], _T]]:
+    """Return a map's values by what matches the last components of a module's name."""
     if not isinstance(value, dict | None):
         raise CheckpointError(f"{where} is not a map but {shown(value)}")
-    for key in value or ():
+    found = []
+    for key, of_module in (value or {}).items():
         try:
-            re.compile(rf"(.*\.)?({key})$")
+            with warnings.catch_warnings():  # of what expressions may come to mean
+                warnings.simplefilter("ignore")
+                pattern = re.compile(rf"(.*\.)?({key})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{where} has {shown(key)}, which is no regular expression ({error})"
             ) from None
-    return list((value or {}).items())
+        found.append((pattern, check(of_module, f"{where}[{shown(key)}]")))
+    return found
 
 
 # ---- tensors ------------------------------------------------------------------------------------
