@@ -215,13 +215,14 @@ def merge(
     if on_plan:
         on_plan(decided)
     assert decided.layout is not None
-    inputs = [c.path for c in decided.checkpoints]
+    inputs = tuple(c.path for c in decided.checkpoints)
+    adapters = tuple(c.adapter for c in decided.checkpoints)
     bound = binding(decided, nan_policy, parse_size(str(out_shard_size)))
     output = OutputFolder(
         Path(out),
         decided.layout,
         force=force,
-        inputs=inputs,
+        inputs=[*inputs, *filter(None, adapters)],
         binding=bound,
         resume=resume,
         direct=how is not Io.BUFFERED,
@@ -231,7 +232,7 @@ def merge(
         if kernels is None:
             assert workers is not None
             whole = Assignment(
-                dataclasses.replace(decided.recipe, found=tuple(inputs)),
+                dataclasses.replace(decided.recipe, found=inputs, adapters=adapters),
                 bound,
                 Path(out).absolute(),
                 decided.max_memory,
@@ -360,8 +361,10 @@ def _companions(
     copies = {name: path for name, path in copies.items() if name not in texts}
     if write_model_card:
         texts["mergekit_config.yml"] = decided.recipe.text.encode()
-        names = [str(i.ref) for i in decided.recipe.inputs]
-        bases = [hub_id(n, c.config) for c, n in zip(decided.checkpoints, names, strict=True)]
+        refs = [i.ref for i in decided.recipe.inputs]
+        names = [(r.path, r.lora.path if r.lora else None) for r in refs]
+        bases = [hub_id(r.path, c.config) for c, r in zip(decided.checkpoints, refs, strict=True)]
+        bases += [hub_id(adapter) for _, adapter in names if adapter]
         texts["README.md"] = model_card(
             title=out.resolve().name,
             recipe_text=decided.recipe.text,

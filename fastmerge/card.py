@@ -32,14 +32,14 @@ def model_card(
     method_title: str,
     method_paper: str,
     base_models: Sequence[str],
-    inputs: Sequence[str],
+    inputs: Sequence[tuple[str, str | None]],
     dtype: str,
 ) -> str:
     """Return README.md with the front matter that the hub reads.
 
-    base_models: hub names (see `hub_id`); local paths have no place there. inputs: all models as
-    the recipe writes them; of a local path only the folder's name is published. method_paper: an
-    arXiv number, with or without `arXiv:`, a link, or empty.
+    base_models: hub names (see `hub_id`); local paths have no place there. inputs: all models and
+    their adapters as the recipe writes them; of a local path only the folder's name is published.
+    method_paper: an arXiv number, with or without `arXiv:`, a link, or empty.
     """
     recipe = recipe_text.rstrip("\n")
     fence = "`" * max(3, 1 + _longest_run(recipe))
@@ -58,7 +58,7 @@ def model_card(
         "",
         "## Models",
         "",
-        *[f"- {_model(name)}" for name in dict.fromkeys(inputs)],
+        *[f"- {_adapted(*names)}" for names in dict.fromkeys(inputs)],
         "",
         "## Configuration",
         "",
@@ -101,6 +101,10 @@ def _method(title: str, paper: str) -> str:
     if _URL.fullmatch(paper):
         return f"[{title}]({paper})"
     return f"{title} ({_escaped(paper)})" if paper else title
+
+
+def _adapted(model: str, adapter: str | None) -> str:
+    return _model(model) + (f" with the adapter {_model(adapter)}" if adapter else "")
 
 
 def _model(name: str) -> str:

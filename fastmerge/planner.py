@@ -24,12 +24,12 @@ from fastmerge.checkpoint import (
     Layout,
     OutputTensor,
     TensorInfo,
-    open_checkpoint,
     plan_layout,
 )
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError
 from fastmerge.jobs import ITEM_BYTES, Action, Operand, TensorJob
+from fastmerge.quant.opening import open_model
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope
 
@@ -117,10 +117,8 @@ class Plan:
         """Return the plan as JSON-able data (`fastmerge plan --json`)."""
         return {
             "method": self.spec.name,
-            "inputs": [str(c.path) for c in self.checkpoints],
-            "base": None
-            if self.recipe.base is None
-            else str(self.checkpoints[self.recipe.base].path),
+            "inputs": [str(c) for c in self.checkpoints],
+            "base": None if self.recipe.base is None else str(self.checkpoints[self.recipe.base]),
             "tensors": len(self.jobs),
             "merged": sum(j.action is Action.MERGE for j in self.jobs),
             "copied": sum(j.action is not Action.MERGE for j in self.jobs),
@@ -164,7 +162,7 @@ def make_plan(
             do not raise: they are listed in `Plan.conflicts`.
     """
     spec = recipe.spec()
-    checkpoints = [open_checkpoint(recipe.path(i)) for i in range(len(recipe.inputs))]
+    checkpoints = [open_model(recipe.path(i), recipe.adapter(i)) for i in range(len(recipe.inputs))]
     donor = recipe.base if recipe.base is not None else 0
     names = list(checkpoints[donor].tensors)
     seen = set(names)

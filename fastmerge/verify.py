@@ -25,6 +25,7 @@ from fastmerge.checkpoint import (
     open_checkpoint,
     word_bytes,
 )
+from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.checkpoint.files import opened, read_at, read_json_object
 from fastmerge.checkpoint.wording import shown
 from fastmerge.engine import Engine
@@ -214,9 +215,9 @@ def _changed(plan: Plan, known: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _first_difference(fd: int, want: TensorInfo, info: TensorInfo | None) -> int | None:
+def _first_difference(fd: int, want: TensorInfo, info: TensorInfo | CodedInfo | None) -> int | None:
     """Return the first byte at which the model's tensor and the merge just made differ."""
-    if info is None or info.n_bytes != want.n_bytes:
+    if not isinstance(info, TensorInfo) or info.n_bytes != want.n_bytes:
         return 0
     with opened(info.file) as (model, _):
         for at in range(0, info.n_bytes, _COMPARE_BYTES):

@@ -47,7 +47,7 @@ from fastmerge.streaming.trace import Span, Trace
 class Assignment:
     """All that a worker must know, in a form that travels.
 
-    recipe:  with the folders in which the coordinator found the inputs.
+    recipe:  with the folders in which the coordinator found the inputs and their adapters.
     bound:   what the coordinator's journal is bound to, and so must be what this worker merges.
     out:     the output folder, absolute. The `max_` ones: bytes that one worker may take.
     label:   the worker, in messages.
@@ -191,6 +191,7 @@ def _check_visible(assignment: Assignment) -> None:
     """Raise CheckpointError if this machine does not have the folders that the coordinator has."""
     for what, folder in (
         *(("input", f) for f in assignment.recipe.found),
+        *(("adapter", f) for f in assignment.recipe.adapters if f is not None),
         ("output", assignment.out),
     ):
         if not os.path.isdir(folder):

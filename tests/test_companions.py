@@ -108,7 +108,7 @@ def card(**changes: object) -> str:
         "method_title": "TIES",
         "method_paper": "arXiv:2306.01708",
         "base_models": ["org/base", "org/math", "org/base"],
-        "inputs": ["org/base", "/data/secret/math", "./code/"],
+        "inputs": [("org/base", None), ("/data/secret/math", None), ("./code/", None)],
         "dtype": "bfloat16",
     }
     return model_card(**(fields | changes))  # type: ignore[arg-type]
@@ -132,6 +132,13 @@ def test_card() -> None:
     assert "- [org/base](https://huggingface.co/org/base)\n- `math`\n- `code`\n" in text
     assert "secret" not in text
     assert "```yaml\nmerge_method: ties\n```\n" in text
+
+
+def test_card_names_adapters() -> None:
+    text = card(inputs=[("org/base", "org/lora"), ("/secret/math", "/secret/a`b")])
+    assert "- [org/base](https://huggingface.co/org/base) with the adapter [org/lora](" in text
+    assert "- `math` with the adapter ``a`b``\n" in text
+    assert "secret" not in text
 
 
 def test_card_without_hub_models() -> None:
@@ -182,7 +189,7 @@ def test_recipe_survives_backticks(ticks: str) -> None:
 
 def test_card_escapes_markup() -> None:
     text = card(
-        title="a\n# b <script>", inputs=["./x`y\nz"], method_title="[x](y)", method_paper=""
+        title="a\n# b <script>", inputs=[("./x`y\nz", None)], method_title="[x](y)", method_paper=""
     )
     assert "\n# a \\# b \\<script\\>\n" in text
     assert "- ``x`y z``\n" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastmerge.recipe import (
     ModelRef,
     load_recipe,
     parse_reference,
+    resolve_adapter,
     resolve_path,
 )
 
@@ -347,7 +349,6 @@ def test_recipe_path_expands_home(tmp_path, monkeypatch):
     [
         (ModelRef("org/name"), "'org/name' was not found; models must be local folders; download"),
         (ModelRef("a", "main"), "'a@main' names a revision; models must be local folders"),
-        (ModelRef("a", lora=ModelRef("l")), "'a+l' names a LoRA adapter; models must be local"),
         (ModelRef("f.gguf"), "'f.gguf' is a file; give the folder that holds it"),
     ],
 )
@@ -357,6 +358,46 @@ def test_only_local_folders_resolve(ref, message, tmp_path):
     with pytest.raises(RecipeError) as caught:
         resolve_path(ref, tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (ModelRef("org/l"), "adapter 'org/l' was not found; adapters must be local folders; down"),
+        (
+            ModelRef("l", "main"),
+            "adapter 'l@main' names a revision; adapters must be local folders",
+        ),
+        (ModelRef("l.gguf"), "adapter 'l.gguf' is a file; give the folder that holds it"),
+    ],
+)
+def test_only_local_adapters_resolve(lora, message, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "l").mkdir()
+    (tmp_path / "l.gguf").touch()
+    ref = ModelRef("a", lora=lora)
+    assert resolve_path(ref, tmp_path) == tmp_path / "a"
+    with pytest.raises(RecipeError) as caught:
+        resolve_adapter(ref, tmp_path)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("spelling", ["a+l", {"model": "a", "lora": "l"}])
+def test_adapters_resolve_as_models_do(spelling, tmp_path, monkeypatch):
+    for folder in ("a", "l", "base", "b"):
+        (tmp_path / "sub" / folder).mkdir(parents=True)
+    models = [{"model": spelling}, {"model": "b"}]
+    (tmp_path / "sub" / "c.yaml").write_text(yaml.safe_dump(ties(models=models)))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("sub/c.yaml")
+    assert recipe.path(0) == tmp_path / "sub" / "a"
+    assert recipe.adapter(0) == tmp_path / "sub" / "l"
+    assert recipe.adapter(1) is None and recipe.adapter(recipe.base) is None
+    (tmp_path / "sub" / "l").rmdir()
+    with pytest.raises(RecipeError, match=r"^sub/c.yaml: models\[0\]: adapter 'l' was not found"):
+        recipe.adapter(0)
+    found = dataclasses.replace(recipe, found=(Path("/1"),) * 3, adapters=(Path("/2"), None, None))
+    assert (found.path(0), found.adapter(0), found.adapter(1)) == (Path("/1"), Path("/2"), None)
 
 
 # --- inputs, base and operands -------------------------------------------------------------------

@@ -313,6 +313,9 @@ class TestAssignments:
         plan = fastmerge.plan(family / "ties.yaml")
         with pytest.raises(CheckpointError, match=f"input {gone} is not there on"):
             self.check(family, tmp_path / "out", recipe=replace(plan.recipe, found=(gone,) * 4))
+        with pytest.raises(CheckpointError, match=f"adapter {gone} is not there on"):
+            adapted = replace(plan.recipe, adapters=(None, gone, None, None))
+            self.check(family, tmp_path / "out", recipe=adapted)
         gone.mkdir()
         with pytest.raises(CheckpointError, match=r"gone/model-00001.*partial is not there"):
             self.check(family, tmp_path / "out", out=gone)

@@ -1,5 +1,6 @@
 """Model folders: headers checked, output laid out before work, a crash while writing harmless."""
 
+from fastmerge.checkpoint.adapter import Adapter, read_adapter, with_adapter
 from fastmerge.checkpoint.checksum import digest, file_checksum, word_bytes
 from fastmerge.checkpoint.companions import companion_files, merged_config
 from fastmerge.checkpoint.durable import open_direct
@@ -19,6 +20,7 @@ from fastmerge.checkpoint.writer import OutputFolder
 
 __all__ = [
     "JOURNAL",
+    "Adapter",
     "Binding",
     "Checkpoint",
     "FileIdentity",
@@ -43,6 +45,8 @@ __all__ = [
     "open_direct",
     "parse_size",
     "plan_layout",
+    "read_adapter",
     "read_header",
+    "with_adapter",
     "word_bytes",
 ]

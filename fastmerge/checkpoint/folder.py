@@ -25,17 +25,18 @@ _OTHER_KINDS = (
     (
         re.compile(r"adapter_model.*\.(safetensors|bin)"),
         "an adapter",
-        "merge it into its base with peft's merge_and_unload() and save_pretrained()",
+        "which belongs to a base; give both, as BASE+ADAPTER",
     ),
     (
         re.compile(r"(pytorch_model|model|consolidated).*\.(bin|pt|pth)"),
         "torch weights",
-        "load it with transformers and save_pretrained() it to get safetensors",
+        "not supported yet; load it with transformers and save_pretrained() it to get safetensors",
     ),
     (
         re.compile(r".+\.gguf"),
         "GGUF weights",
-        "load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained() it",
+        "not supported yet; load it with transformers' from_pretrained(..., gguf_file=...) and "
+        "save_pretrained() it",
     ),
 )
 
@@ -44,9 +45,9 @@ _OTHER_KINDS = (
 class Checkpoint:
     """One model folder with every header checked. tensors are ordered by file, then by offset.
 
-    config is the content of config.json, None where there is none. identities belong to
-    weight_files. dropped: stored tensors that are not the model's but a format's own -> why.
-    warnings are for the user.
+    config is the content of config.json, None where there is none. identities are of all files that
+    its weights depend on. dropped: stored tensors that are not the model's but a format's own -> why.
+    warnings are for the user. adapter is the folder of the adapter that was added to the weights.
     """
 
     path: Path
@@ -56,9 +57,13 @@ class Checkpoint:
     identities: list[FileIdentity] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a weight file was replaced or written to since opening."""
+        """Raise CheckpointError if one of these files was replaced or written to since opening."""
         for known in self.identities:
             known.check_unchanged()
 
@@ -74,7 +79,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             does not fit the others; names the file and what is wrong.
     """
     path = Path(path)
-    names = _list(path)
+    names = list_folder(path)
     weight_map: dict[str, str] | None = None
     if SINGLE in names:
         files = [SINGLE]
@@ -113,7 +118,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     )
 
 
-def _list(path: Path) -> set[str]:
+def list_folder(path: Path) -> set[str]:
     """Return the names in a folder but hidden ones, such as macOS' `._model.safetensors`."""
     try:
         if path.is_file():
@@ -155,9 +160,7 @@ def _no_weights(path: Path, names: set[str]) -> str:
     for pattern, kind, remedy in _OTHER_KINDS:
         for name in sorted(names):
             if pattern.fullmatch(name):
-                return (
-                    f"{place(path)} holds only {kind} ({shown(name)}), not supported yet; {remedy}"
-                )
+                return f"{place(path)} holds only {kind} ({shown(name)}), {remedy}"
     return f"{place(path)} holds no weights: neither {SINGLE} nor any other *.safetensors file"
 
 

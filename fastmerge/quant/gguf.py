@@ -58,6 +58,16 @@ def find_gguf(path: Path | str) -> Path:
     return path / names[0]
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a GGUF file, or a folder whose weights are in one."""
+    if not path.is_dir():
+        return path.suffix == ".gguf"
+    names = [n for n in os.listdir(path) if not n.startswith(".")]
+    return any(n.endswith(".gguf") for n in names) and not any(
+        n.endswith((".safetensors", ".bin")) for n in names
+    )
+
+
 def open_gguf(path: Path | str) -> Checkpoint:
     """Open a GGUF file, or the only one in a folder, as a checkpoint; no weight is read.
 

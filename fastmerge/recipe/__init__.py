@@ -5,7 +5,7 @@ from fastmerge.recipe.keywords import keyword_params
 from fastmerge.recipe.layers import LayerPositions
 from fastmerge.recipe.parameters import Setting, parse_setting
 from fastmerge.recipe.recipe import Recipe, load_recipe
-from fastmerge.recipe.references import ModelRef, parse_reference, resolve_path
+from fastmerge.recipe.references import ModelRef, parse_reference, resolve_adapter, resolve_path
 
 __all__ = [
     "LayerPositions",
@@ -17,5 +17,6 @@ __all__ = [
     "load_recipe",
     "parse_reference",
     "parse_setting",
+    "resolve_adapter",
     "resolve_path",
 ]

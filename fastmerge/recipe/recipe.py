@@ -15,7 +15,12 @@ from fastmerge.errors import RecipeError
 from fastmerge.recipe.binding import Binding, Owner, bind
 from fastmerge.recipe.inputs import ModelInput, check_inputs, operand_order
 from fastmerge.recipe.parameters import Setting, parse_setting, preset_values
-from fastmerge.recipe.references import ModelRef, parse_reference, resolve_path
+from fastmerge.recipe.references import (
+    ModelRef,
+    parse_reference,
+    resolve_adapter,
+    resolve_path,
+)
 from fastmerge.recipe.schema import PRESET, RecipeDocument, read_document, unknown_keys
 from fastmerge.recipe.source import Source, read_source
 from fastmerge.recipe.wording import located, show
@@ -33,7 +38,8 @@ class Recipe:
     text:       the YAML as it was read, or written out from a mapping.
     folder:     what relative model paths are relative to, after the current directory.
     source:     the recipe's file as the caller spelt it, for messages; else empty.
-    found:      the inputs' folders, absolute, where they were looked for already.
+    found:      the inputs' folders, absolute, where they were looked for already;
+    adapters:   those of their adapters, as many.
 
     It can be pickled: a process that merges a share of it needs no file.
     """
@@ -51,6 +57,7 @@ class Recipe:
     name: str | None = None
     source: str = ""
     found: tuple[Path, ...] = ()
+    adapters: tuple[Path | None, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Bound again where it arrives: the methods' functions do not travel.
@@ -70,6 +77,14 @@ class Recipe:
         model = self.inputs[index]
         with located(self.source, model.place):
             return resolve_path(model.ref, self.folder)
+
+    def adapter(self, index: int) -> Path | None:
+        """Return the folder of one input's adapter, None without one, or raise RecipeError."""
+        if self.adapters:
+            return self.adapters[index]
+        model = self.inputs[index]
+        with located(self.source, model.place):
+            return resolve_adapter(model.ref, self.folder)
 
     def params_for(self, output_name: str, t: Callable[[], float]) -> Params:
         """Return the method's parameters for one output tensor.

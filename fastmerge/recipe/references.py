@@ -1,4 +1,4 @@
-"""Model references, `PATH[@REV][+LORA[@REV]]` or a mapping, and the local folder they mean."""
+"""Model references, `PATH[@REV][+LORA[@REV]]` or a mapping, and the local folders they mean."""
 
 from __future__ import annotations
 
@@ -81,23 +81,32 @@ def resolve_path(ref: ModelRef, recipe_dir: Path) -> Path:
     """Return a model's absolute folder: first from the current directory, then from `recipe_dir`.
 
     Raises:
-        RecipeError: no such folder, or a revision or LoRA was asked for; names the model.
+        RecipeError: no such folder, or a revision was asked for; names the model.
     """
-    remedy = "models must be local folders; download first, then give the folder"
-    if ref.lora is not None:
-        raise RecipeError(
-            f"model {show(str(ref))} names a LoRA adapter; models must be local folders "
-            "that hold a whole model; merge the adapter first"
-        )
+    return _resolve(ref, "model", recipe_dir)
+
+
+def resolve_adapter(ref: ModelRef, recipe_dir: Path) -> Path | None:
+    """Return the folder of a model's LoRA adapter in the same way, None without one.
+
+    Raises:
+        RecipeError: no such folder, or a revision was asked for; names the adapter.
+    """
+    return None if ref.lora is None else _resolve(ref.lora, "adapter", recipe_dir)
+
+
+def _resolve(ref: ModelRef, kind: str, recipe_dir: Path) -> Path:
+    remedy = f"{kind}s must be local folders; download first, then give the folder"
     if ref.revision is not None:
-        raise RecipeError(f"model {show(str(ref))} names a revision; {remedy}")
+        name = f"{ref.path}@{ref.revision}"
+        raise RecipeError(f"{kind} {show(name)} names a revision; {remedy}")
     found = _find(ref.path, recipe_dir)
     if found is not None:
         return found
     for candidate in _candidates(ref.path, recipe_dir):
         if os.path.isfile(candidate):
-            raise RecipeError(f"model {show(ref.path)} is a file; give the folder that holds it")
-    raise RecipeError(f"model {show(ref.path)} was not found; {remedy}")
+            raise RecipeError(f"{kind} {show(ref.path)} is a file; give the folder that holds it")
+    raise RecipeError(f"{kind} {show(ref.path)} was not found; {remedy}")
 
 
 def _candidates(path: str, folder: Path | None) -> list[str]:
@@ -108,7 +117,11 @@ def _candidates(path: str, folder: Path | None) -> list[str]:
 def _find(path: str, folder: Path | None) -> Path | None:
     if not path or "\0" in path:
         return None
-    return next((Path(c) for c in _candidates(path, folder) if os.path.isdir(c)), None)
+    return next((Path(c) for c in _candidates(path, folder) if _is_model(c)), None)
+
+
+def _is_model(path: str) -> bool:
+    return os.path.isdir(path) or (path.endswith(".gguf") and os.path.isfile(path))
 
 
 def _checked_path(path: str, place: str) -> str:
