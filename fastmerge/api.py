@@ -14,9 +14,10 @@ from fastmerge import forecast as _forecast
 from fastmerge import ops
 from fastmerge.backends import Kernels
 from fastmerge.budget import DEVICE_SHARE, Target, default_memory, target_of
-from fastmerge.card import hub_id, model_card
+from fastmerge.card import Quantisation, hub_id, model_card
 from fastmerge.cards import card_of
 from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
+from fastmerge.checkpoint.gguf import read_gguf
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
 from fastmerge.errors import DeviceError, RecipeError
@@ -27,6 +28,9 @@ from fastmerge.forecast import Forecast
 from fastmerge.planner import HEAD, Plan, make_plan
 from fastmerge.processes import Processes
 from fastmerge.provenance import MANIFEST, binding, manifest
+from fastmerge.quant.gguf import find_gguf, is_gguf
+from fastmerge.quant.gguf_tokenizer import tokenizer_files
+from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import Recipe, load_recipe
 from fastmerge.registry import methods
 from fastmerge.streaming import gpus
@@ -56,6 +60,7 @@ def plan(
     max_vram: int | str | None = None,
     max_pinned: int | str | None = None,
     backend: str = "cuda",
+    quantize: Quantize | str | None = None,
 ) -> Plan:
     """Decide everything about a merge from the recipe and the inputs' headers, without reading a weight.
 
@@ -71,6 +76,7 @@ def plan(
         max_vram, max_pinned: most bytes on the device, default 90 % of what is free there, and of
             page-locked host memory, default what keeps the link busy, at most 4 GiB.
         backend: that runs there; they differ in the memory that they want.
+        quantize: how weights are coded, or the name of a format (`fastmerge formats`); None: not at all.
     Returns:
         A `Plan`; `conflicts` lists what stops it, `as_dict()` is plain data.
     Raises:
@@ -87,6 +93,7 @@ def plan(
         seed=seed,
         device=_target(device, max_vram, backend),
         max_pinned=_divided(max_pinned, n),
+        quantize=Quantize(quantize) if isinstance(quantize, str) else quantize,
     )
 
 
@@ -143,6 +150,7 @@ def merge(
     device: str | Device = "cpu",
     max_vram: int | str | None = None,
     max_pinned: int | str | None = None,
+    quantize: Quantize | str | None = None,
     ray: str | None = None,
     trace: str | Path | None = None,
     progress: Progress | None = None,
@@ -155,7 +163,8 @@ def merge(
     was killed can be finished.
 
     Args:
-        recipe, out_shard_size, max_memory, allow_missing, strict, max_vram, max_pinned: see `plan`.
+        recipe, out_shard_size, max_memory, allow_missing, strict, max_vram, max_pinned, quantize: see
+            `plan`.
         backend: force one backend, by name or its kernels; default: the best that can run.
         device: "cpu"; "cuda" or "cuda:1"; "auto", a GPU if one can be used; "cuda:0,cuda:1" or "cuda:all",
             several, each with a process of its own; or a `streaming.Device`.
@@ -177,6 +186,8 @@ def merge(
         MergeError: anything the caller can mend, in one line.
     """
     check_nan_policy(nan_policy)
+    if quantize is not None and nan_policy != "error":
+        raise RecipeError("nan_policy propagate has no codes to carry NaN; merge without quantize")
     if "://" in str(out):
         raise RecipeError(
             f"output {str(out)!r} is not a folder; merge into one, then copy it there"
@@ -206,6 +217,7 @@ def merge(
         max_vram=max_vram,
         max_pinned=max_pinned,
         backend=kernels.name if kernels else str(backend or "cuda"),
+        quantize=quantize,
     )
     decided.raise_conflicts()
     watch.add("planning", time.perf_counter() - started)
@@ -264,7 +276,7 @@ def merge(
         report.resumed = folder.resumed
         with watch.time("finishing"):
             texts, copies = _companions(
-                decided, folder, Path(out), copy_tokenizer, write_model_card
+                decided, report, folder, Path(out), copy_tokenizer, write_model_card
             )
             texts[MANIFEST] = manifest(decided, bound, folder)
             folder.commit(texts, copies)
@@ -344,20 +356,40 @@ def _io(io: Io | str) -> Io:
 
 
 def _companions(
-    decided: Plan, folder: OutputFolder, out: Path, copy_tokenizer: bool, write_model_card: bool
+    decided: Plan,
+    report: Report,
+    folder: OutputFolder,
+    out: Path,
+    copy_tokenizer: bool,
+    write_model_card: bool,
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
     """Everything beside the weights: config, recipe, card; tokenizer and the like from the donor."""
     donor = decided.checkpoints[decided.donor]
     dtypes = [j.out_dtype for j in decided.jobs if j.out_dtype.is_merged]
     main = max(set(dtypes), key=dtypes.count) if dtypes else DType.F32
     texts: dict[str, bytes] = {}
-    if donor.config is not None:
+    storage = decided.storage
+    in_one_file = decided.quantize is not None and decided.quantize.is_gguf
+    if donor.config is not None and not in_one_file:
         tied = bool(donor.config.get("tie_word_embeddings"))
         has_head = any(j.name == HEAD for j in decided.jobs)
         # A tied config would make loaders ignore a merged head of its own.
         untie = tied and has_head and head_differs(decided, folder)
-        texts["config.json"] = merged_config(donor.config, main, False if untie else None)
-    copies = companion_files(donor.path) if copy_tokenizer else {}
+        described = None
+        if storage is not None and storage.format is not None and storage.model is not None:
+            described = storage.format.config(storage.model)
+            texts |= storage.format.files(storage.model)
+        texts["config.json"] = merged_config(
+            donor.config, main, False if untie else None, described
+        )
+    copies: dict[str, Path] = {}
+    if copy_tokenizer and not in_one_file:
+        if is_gguf(donor.path):
+            files, warnings = tokenizer_files(read_gguf(find_gguf(donor.path)))
+            texts |= files
+            report.warnings += warnings
+        else:
+            copies = companion_files(donor.path)
     copies = {name: path for name, path in copies.items() if name not in texts}
     if write_model_card:
         texts["mergekit_config.yml"] = decided.recipe.text.encode()
@@ -373,8 +405,21 @@ def _companions(
             base_models=[b for b in dict.fromkeys(bases) if b],
             inputs=names,
             dtype=main.torch,
+            quantisation=_quantisation(decided, report),
         ).encode()
     return texts, copies
 
 
-__all__ = ["forecast", "merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]
+def _quantisation(decided: Plan, report: Report) -> Quantisation | None:
+    """Return what the model card says of coded weights."""
+    if decided.quantize is None:
+        return None
+    rows = [
+        (j.name, j.stored.coding, report.residuals.get(j.name))
+        for j in decided.coded
+        if j.stored is not None
+    ]
+    return Quantisation(decided.quantize.format, decided.bits_per_weight, rows)
+
+
+__all__ = ["Quantize", "forecast", "merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]

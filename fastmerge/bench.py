@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _cpu, ops
-from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep
 from fastmerge.dtypes import DType
 from fastmerge.errors import RecipeError
 from fastmerge.evaluate import Operands, resolve, run_walk, sweep_statistic
@@ -305,7 +305,9 @@ class _Metered:
     def sweep(self, *request: Any) -> Sweep:
         return _MeteredSweep(self, self._kernels.sweep(*request))
 
-    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+    def start_walks(
+        self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]
+    ) -> Callable[[], list[bool]]:
         for _, chunk, out in jobs:
             self.count(chunk)
             self.n_bytes += out.n * out.dtype.itemsize

@@ -6,12 +6,25 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from fastmerge.backends import Residual
+from fastmerge.coding import Coding
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ARXIV = re.compile(r"(arxiv:)?(?P<id>\d{4}\.\d{4,5}(v\d+)?)", re.ASCII | re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s<>()\[\]]+")
 _MARKUP = re.compile(r"([\\`*_\[\]<>#|~])")
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What a card says of weights that are codes. tensors: name, coding, what coding cost if it is known."""
+
+    format: str
+    bits_per_weight: float
+    tensors: Sequence[tuple[str, Coding, Residual | None]]
 
 
 def hub_id(reference: str, config: Mapping[str, Any] | None = None) -> str | None:
@@ -34,6 +47,7 @@ def model_card(
     base_models: Sequence[str],
     inputs: Sequence[tuple[str, str | None]],
     dtype: str,
+    quantisation: Quantisation | None = None,
 ) -> str:
     """Return README.md with the front matter that the hub reads.
 
@@ -60,6 +74,7 @@ def model_card(
         "",
         *[f"- {_adapted(*names)}" for names in dict.fromkeys(inputs)],
         "",
+        *(_quantised(quantisation) if quantisation else []),
         "## Configuration",
         "",
         f"{fence}yaml",
@@ -68,6 +83,31 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _quantised(of: Quantisation) -> list[str]:
+    """Return a section with the relative error of each tensor, and of all together."""
+    known = [r for _, _, r in of.tensors if r is not None and r.squares]
+    total = Residual()
+    for residual in known:
+        total.add(residual.errors, residual.squares)
+    lines = [
+        "## Quantisation",
+        "",
+        f"{len(of.tensors)} tensors are stored as {_escaped(of.format)}; the model takes "
+        f"{of.bits_per_weight:.2f} bits per parameter.",
+    ]
+    if known:
+        lines += [
+            f"Coding moved these weights by {100 * total.relative_rms:.2f} % of their root mean square.",
+            "",
+            "| tensor | format | relative RMS error |",
+            "|---|---|---|",
+        ]
+        for name, coding, found in of.tensors:
+            error = f"{100 * found.relative_rms:.2f} %" if found and found.squares else ""
+            lines.append(f"| {_code(name)} | {coding.format.name.lower()} | {error} |")
+    return [*lines, ""]
 
 
 def _front_matter(base_models: Sequence[str]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -68,6 +69,63 @@ def _planning_options(function: F) -> F:
     return function
 
 
+def _quantising_options(function: F) -> F:
+    """Options that make a `quantize`: the command gets that, or None where no format is asked for."""
+    options = [
+        click.option("--quantize", "format", metavar="FORMAT",
+                     help="Store weights in few bits: nf4, int4, nvfp4, q4_k, fp8, ...; see `fastmerge formats`."),
+        click.option("--keep", multiple=True, metavar="PATTERN",
+                     help="With --quantize: leave these in 16 bit (a glob, or re:EXPRESSION); repeatable."),
+        click.option("--code", multiple=True, metavar="PATTERN",
+                     help="With --quantize: code these, though kept by default; repeatable."),
+        click.option("--code-as", multiple=True, metavar="PATTERN=FORMAT",
+                     help="With --quantize: code these in another format of the family; repeatable."),
+        click.option("--head", type=click.Choice(["keep", "q8", "same"]), default="keep", show_default=True,
+                     help="With --quantize: what becomes of the output head."),
+        click.option("--first-last-layers", default=0, metavar="N",
+                     help="With --quantize: leave N layers at either end in 16 bit."),
+        click.option("--rounding", type=click.Choice(["nearest", "mse"]), default="nearest",
+                     show_default=True, help="With --quantize: scales as the format's library chooses them, "
+                     "or by least squared error."),
+        click.option("--quant-input-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+                     help="With --quantize: round to this before coding.  [default: the merge's type]"),
+    ]  # fmt: skip
+
+    @functools.wraps(function)
+    def command(
+        format: str | None,
+        keep: tuple[str, ...],
+        code: tuple[str, ...],
+        code_as: tuple[str, ...],
+        head: str,
+        first_last_layers: int,
+        rounding: str,
+        quant_input_dtype: str | None,
+        **others: Any,
+    ) -> Any:
+        from fastmerge.dtypes import parse_dtype
+        from fastmerge.errors import RecipeError
+        from fastmerge.quant.policy import Rules
+        from fastmerge.quant.quantize import Quantize
+
+        if format is None:
+            if keep or code or code_as or first_last_layers or quant_input_dtype:
+                raise RecipeError("options of coding need a format; add --quantize nf4 or the like")
+            return function(quantize=None, **others)
+        for text in code_as:
+            if not text.rpartition("=")[0]:
+                raise RecipeError(f"--code-as must be PATTERN=FORMAT, got {text!r}")
+        overrides = {p: f for p, _, f in (text.rpartition("=") for text in code_as)}
+        rules = Rules(keep, code, head, first_last_layers, overrides)
+        dtype = parse_dtype(quant_input_dtype, "quant-input-dtype") if quant_input_dtype else None
+        return function(quantize=Quantize(format, rules, rounding, dtype), **others)
+
+    wrapped: Any = command
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return cast(F, wrapped)
+
+
 #: mergekit's flags that streaming makes pointless: accepted so that existing commands run unchanged.
 _NO_OPS = (
     "--lazy-unpickle",
@@ -90,6 +148,7 @@ def _accept_no_ops(function: F) -> F:
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path())
 @_planning_options
+@_quantising_options
 @click.option("--backend", metavar="NAME", help="Force a backend; see `fastmerge backends`.")
 @click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
 @click.option("--resume", is_flag=True, help="Finish the killed merge in OUT.")
@@ -183,6 +242,7 @@ def verify(out: str, sample: int, seed: int) -> None:
 @main.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @_planning_options
+@_quantising_options
 @click.option(
     "--read-rate", metavar="SIZE", help="Bytes per second of the disk read.  [default: measured]"
 )
@@ -374,6 +434,21 @@ def _forecast_text(time: Forecast) -> str:
     return "\n".join(lines)
 
 
+def _coded_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.quantize is None:
+        return []
+    coded = plan.coded
+    n, size = sum(j.n for j in coded), sum(j.bytes_out for j in coded)
+    bits = f"{8 * size / n:.3g} bits per weight" if n else "none"
+    return [
+        (
+            "coded",
+            f"{len(coded)} tensors as {plan.quantize.format}, {bits}; {plan.bits_per_weight:.3g} with "
+            "what stays dense",
+        )
+    ]
+
+
 def _plan_text(plan: Plan) -> str:
     data = plan.as_dict()
     n_shards = len(data["shards"])
@@ -390,6 +465,7 @@ def _plan_text(plan: Plan) -> str:
         ("parameters", f"{data['parameters']:,}"),
         ("read", _size(data["bytes_read"])),
         ("write", f"{_size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
+        *_coded_rows(plan),
         ("peak memory", f"about {_size(data['peak_memory'])}"),
         ("disk", _size(data["disk"])),
     ]

@@ -378,7 +378,7 @@ class Engine:
             bad = _each(start_walks(self.kernels, walks, self.chunk_elements))
             for part, result in zip(batch, results, strict=True):
                 if part.piece.job.action is Action.COPY_EQUAL:
-                    copy_bytes(result.buffer, part.operands.experts[0])
+                    copy_bytes(_plain(result.buffer), _plain(part.operands.experts[0]))
         self.reader.sources.check()
         for part, result in zip(batch, results, strict=True):
             job = part.piece.job
@@ -463,7 +463,7 @@ class Engine:
 
     def _compare(self, job: TensorJob, operands: Operands) -> None:
         for operand, buffer in zip(job.experts[1:], operands.experts[1:], strict=True):
-            if not same_bytes(operands.experts[0], buffer):
+            if not same_bytes(_plain(operands.experts[0]), _plain(buffer)):
                 text = (
                     f"{job.name!r} ({job.out_dtype.torch}) differs between {job.experts[0].model!r} and "
                     f"{operand.model!r}; {job.experts[0].model!r}'s is taken"
@@ -607,6 +607,11 @@ def _operands(item: WorkItem, addresses: Sequence[int], memory: Memory) -> Itera
         buffers = [packed.operand_of(o, piece, memory, at) for o in job.operands]
         base = buffers.pop(0) if job.base else None
         yield Operands(base, buffers, job.cols, job.compute, piece.start)
+
+
+def _plain(buffer: Buffer | Coded) -> Buffer:
+    assert isinstance(buffer, Buffer)  # integers are never coded
+    return buffer
 
 
 def _each(found: Callable[[], list[bool]]) -> Iterator[Callable[[], bool]]:

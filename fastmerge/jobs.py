@@ -83,14 +83,22 @@ class Operand:
 class Stored:
     """How a job's result is stored where it is not one dense tensor of the job's name.
 
-    constants: stored beside it. scale_group: of tensors that share one scale of the tensor; None: its own.
+    format: for what is known late; None: nothing is. constants: stored beside it. scale_group: of tensors
+    that share one scale of the tensor; None: it is alone.
     """
 
-    format: OutFormat
+    format: OutFormat | None
     coding: Coding
     parts: tuple[Part, ...]
     constants: tuple[Constant, ...] = ()
     scale_group: str | None = None
+
+
+def stored_names(job: TensorJob) -> list[str]:
+    """Return the stored tensors that a job's result is in, codes first."""
+    if job.stored is None:
+        return [job.name]
+    return [p.name for p in job.stored.parts] + [c.name for c in job.stored.constants]
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:

@@ -311,7 +311,8 @@ def fused_walk(
     where = buffer_of(target, "out")
     if where.address != _address(target):  # a copy was made
         raise ConflictError("out is strided; pass a contiguous tensor")
-    one_device([where, *chunk.experts], ["out", *(f"experts[{k}]" for k in range(len(experts)))])
+    others = [x for x in chunk.experts if isinstance(x, Buffer)]
+    one_device([where, *others], ["out", *(f"experts[{k}]" for k in range(len(experts)))])
     choose(device_of(chunk), backend, [walk]).walk(walk, chunk, where)
     return target
 

@@ -126,6 +126,7 @@ def late(
                 found[part.name] = np.float32(scales.tensor_scale).tobytes()
         for constant in job.stored.constants:
             if constant.content is None:
+                assert job.stored.format is not None
                 found[constant.name] = job.stored.format.late(
                     constant.name, job.shape, job.stored.coding, scales
                 )

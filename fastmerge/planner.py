@@ -22,16 +22,18 @@ from fastmerge.budget import (
 from fastmerge.checkpoint import (
     Checkpoint,
     Layout,
-    OutputTensor,
     TensorInfo,
-    plan_layout,
 )
+from fastmerge.checkpoint.coded import CodedInfo
+from fastmerge.coding import Format
 from fastmerge.dtypes import DType, promote
 from fastmerge.errors import ConflictError
 from fastmerge.jobs import ITEM_BYTES, Action, Operand, TensorJob
 from fastmerge.quant.opening import open_model
+from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope
+from fastmerge.storing import Storage, store
 
 #: Names under which an output head may be tied to an embedding, nearest first.
 HEAD = "lm_head.weight"
@@ -75,6 +77,8 @@ class Plan:
     n_model: int = 0
     allow_missing: bool = False
     streamed: frozenset[str] = field(default_factory=frozenset)
+    quantize: Quantize | None = None
+    storage: Storage | None = None
 
     @property
     def conflicts(self) -> list[str]:
@@ -94,6 +98,17 @@ class Plan:
         return sum(j.bytes_out for j in self.jobs)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits that a merged parameter takes on the disk, coded or dense, with its share of scales."""
+        parameters = sum(j.n for j in self.jobs)
+        return 8 * self.layout.total_size / parameters if self.layout and parameters else 0.0
+
+    @property
+    def coded(self) -> list[TensorJob]:
+        """The tensors that are stored as codes."""
+        return [j for j in self.jobs if j.stored and j.stored.coding.format is not Format.DENSE]
+
+    @property
     def peak_memory(self) -> int:
         if self.device:
             return DEVICE_PROCESS_BYTES + self.device.pinned
@@ -103,9 +118,12 @@ class Plan:
     def extra_passes(self, job: TensorJob) -> int:
         """Reads of a job's operands before its walk, as planned: on the host a rank cut takes two (a bracket
         that misses costs more), other statistics one; a device keeps a cut's candidates of one pass."""
+        passes = 0
         if job.scope is Scope.MODEL or job.name in self.streamed:
-            return 1 if self.device else 3
-        return 0
+            passes = 1 if self.device else 3
+        # The largest magnitude of all that share a scale is found before any of it is coded.
+        shared = job.stored is not None and job.stored.scale_group is not None
+        return passes + shared
 
     def raise_conflicts(self) -> None:
         if self.conflicts:
@@ -125,6 +143,9 @@ class Plan:
             "parameters": sum(j.n for j in self.jobs),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "quantize": None if self.quantize is None else self.quantize.as_dict(),
+            "coded": len(self.coded),
+            "bits_per_weight": round(self.bits_per_weight, 3),
             "shards": [s.file_name for s in self.layout.shards] if self.layout else [],
             "peak_memory": self.peak_memory,
             "device": None
@@ -151,12 +172,14 @@ def make_plan(
     seed: int = 0,
     device: Target | None = None,
     max_pinned: int | None = None,
+    quantize: Quantize | None = None,
 ) -> Plan:
     """Read all headers and decide everything that can be decided without reading a weight.
 
     Args:
         device: what merges; None: the host does.
         max_pinned: most bytes of page-locked memory then.
+        quantize: how weights are coded; None: the merge is dense.
     Raises:
         CheckpointError, RecipeError: an input or the recipe itself is wrong. Conflicts among inputs
             do not raise: they are listed in `Plan.conflicts`.
@@ -173,11 +196,13 @@ def make_plan(
     findings = [Finding(strict, w) for w in recipe.warnings] + builder.findings
     if not jobs and not builder.findings:
         findings.append(Finding(True, "the inputs hold no tensors"))
-    layout = None
+    for checkpoint in checkpoints:
+        findings += [Finding(strict, w) for w in checkpoint.warnings]
+    storage = None
     if jobs:
-        layout = plan_layout(
-            [OutputTensor(j.name, j.out_dtype, j.shape) for j in jobs], out_shard_size
-        )
+        storage = store(jobs, checkpoints[donor], out_shard_size, quantize)
+        jobs = storage.jobs
+        findings += [Finding(strict, w) for w in storage.warnings]
     plan = Plan(
         recipe,
         spec,
@@ -185,11 +210,13 @@ def make_plan(
         donor,
         jobs,
         findings,
-        layout,
+        storage.layout if storage else None,
         seed,
         max_memory or default_memory(),
         n_model=sum(j.n for j in jobs if j.action is Action.MERGE),
         allow_missing=allow_missing,
+        quantize=quantize,
+        storage=storage,
     )
     if device is None:
         fit_host(plan)
@@ -222,7 +249,7 @@ class _Builder:
     def conflict(self, text: str) -> None:
         self.findings.append(Finding(True, text))
 
-    def lookup(self, index: int, name: str) -> TensorInfo | None:
+    def lookup(self, index: int, name: str) -> TensorInfo | CodedInfo | None:
         """Find an input's tensor; a head that it lacks is its tied embedding."""
         tensors = self.checkpoints[index].tensors
         found = tensors.get(name)
@@ -257,7 +284,9 @@ class _Builder:
             return self.integer_job(name, found, first_index)
         return self.float_job(name, found, first)
 
-    def integer_job(self, name: str, found: dict[int, TensorInfo], first: int) -> TensorJob:
+    def integer_job(
+        self, name: str, found: dict[int, TensorInfo | CodedInfo], first: int
+    ) -> TensorJob:
         missing = [self.labels[i] for i in range(len(self.checkpoints)) if i not in found]
         if missing:
             text = f"{name!r} ({found[first].dtype.torch}) is missing in {_listed(missing)}; it is copied"
@@ -268,7 +297,7 @@ class _Builder:
         return TensorJob(name, info.shape, Action.COPY_EQUAL, info.dtype, DType.F32, None, operands)
 
     def float_job(
-        self, name: str, found: dict[int, TensorInfo], first: TensorInfo
+        self, name: str, found: dict[int, TensorInfo | CodedInfo], first: TensorInfo | CodedInfo
     ) -> TensorJob | None:
         spec = self.spec
         missing = [i for i in range(len(self.checkpoints)) if i not in found]
@@ -318,7 +347,11 @@ class _Builder:
         )
 
     def reduced(
-        self, name: str, found: dict[int, TensorInfo], present: list[int], has_base: bool
+        self,
+        name: str,
+        found: dict[int, TensorInfo | CodedInfo],
+        present: list[int],
+        has_base: bool,
     ) -> int | None:
         """Return the input to copy when too few inputs have a tensor and the method's policy is to copy."""
         spec = self.spec

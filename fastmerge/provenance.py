@@ -44,6 +44,7 @@ def binding(plan: Plan, nan_policy: str, shard_bytes: int) -> dict[str, Any]:
             "allow_missing": plan.allow_missing,
             "nan_policy": nan_policy,
             "out_shard_size": shard_bytes,
+            "quantize": plan.quantize.as_dict() if plan.quantize else None,
         },
         "inputs": inputs,
         "layout": digest(layout),

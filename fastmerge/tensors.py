@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastmerge import ops
-from fastmerge.backends import Chunk
+from fastmerge.backends import Buffer, Chunk
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
@@ -172,6 +172,7 @@ def _walks(
 def _refuse_nonfinite(key: str, held: Operands) -> None:
     labels = (["base"] if held.base else []) + [f"experts[{k}]" for k in range(len(held.experts))]
     for label, buffer in zip(labels, held.operands, strict=True):
+        assert isinstance(buffer, Buffer)
         index = first_nonfinite(buffer)
         if index is not None:
             raise NonFiniteError(

@@ -30,9 +30,10 @@ from fastmerge.checkpoint.files import opened, read_at, read_json_object
 from fastmerge.checkpoint.wording import shown
 from fastmerge.engine import Engine
 from fastmerge.errors import CheckpointError, MergeError
-from fastmerge.jobs import Action
+from fastmerge.jobs import Action, stored_names
 from fastmerge.planner import Plan, make_plan
 from fastmerge.provenance import MANIFEST
+from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import load_recipe
 
 _COMPARE_BYTES = 8 << 20
@@ -181,7 +182,8 @@ def _again(model: Checkpoint, manifest: Mapping[str, Any], sample: int, seed: in
         policy = manifest["options"]["nan_policy"]
         Engine(plan, ops.choose("cpu", "reference"), scratch, only=chosen, nan_policy=policy).run()
         places = plan.layout.places()
-        for name in sorted(chosen):
+        jobs = {j.name: j for j in plan.jobs}
+        for name in [s for n in sorted(chosen) for s in stored_names(jobs[n])]:
             shard, want = places[name]
             first = _first_difference(scratch.fd(shard), want, model.tensors.get(name))
             if first is not None:
@@ -200,6 +202,7 @@ def _plan(out: Path, manifest: Mapping[str, Any]) -> Plan:
         out_shard_size=options["out_shard_size"],
         allow_missing=options["allow_missing"],
         seed=options["seed"],
+        quantize=Quantize.from_dict(options.get("quantize")),
     )
     plan.raise_conflicts()
     return plan

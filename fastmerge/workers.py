@@ -29,9 +29,10 @@ from fastmerge.checkpoint import (
 )
 from fastmerge.engine import Engine, Progress, Report
 from fastmerge.errors import CheckpointError
-from fastmerge.jobs import Action, TensorJob
+from fastmerge.jobs import Action, Piece, TensorJob, stored_names
 from fastmerge.planner import Plan, make_plan
 from fastmerge.provenance import binding
+from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import Recipe
 from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Walk
@@ -156,11 +157,11 @@ def merge_assigned(assignment: Assignment, report: Callable[[Event], None]) -> F
     _cpu.set_threads(assignment.threads)
     plan = _plan_again(assignment, kernels, device)
     assert plan.layout is not None
-    places = plan.layout.places()
+    places, names = plan.layout.places(), frozenset(assignment.names)
     with PartialShards(
         assignment.out,
         plan.layout,
-        {places[name][0] for name in assignment.names},
+        {places[s][0] for j in plan.jobs if j.name in names for s in stored_names(j)},
         RemoteJournal(assignment.proven, lambda parts: report(Wrote(parts))),
         direct=assignment.io is not Io.BUFFERED,
         flush=assignment.flush,
@@ -169,7 +170,7 @@ def merge_assigned(assignment: Assignment, report: Callable[[Event], None]) -> F
             plan,
             kernels,
             shards,
-            only=frozenset(assignment.names),
+            only=names,
             nan_policy=assignment.options["nan_policy"],
             strict=assignment.strict,
             io=assignment.io,
@@ -224,6 +225,7 @@ def _plan_again(assignment: Assignment, kernels: Kernels, device: Device | None)
         seed=options["seed"],
         device=None if device is None else target_of(device, assignment.max_vram, kernels.name),
         max_pinned=assignment.max_pinned,
+        quantize=Quantize.from_dict(options["quantize"]),
     )
     plan.raise_conflicts()
     here = binding(plan, options["nan_policy"], options["out_shard_size"])
@@ -278,6 +280,7 @@ class _Shared:
         self.workers, self.plan, self.folder = workers, plan, folder
         self.whole = workers.adapt(whole)
         self.progress = progress
+        self.jobs = {j.name: j for j in plan.jobs}
         self.passed = 0  # bytes of operands that nobody must read, or that finished runs have read
         self.reports: list[Report] = []
         self.walks: dict[str, Walk | Copy] = {}
@@ -299,11 +302,13 @@ class _Shared:
         # As in the engine: integers are compared again.
         if journal is None or job.action is Action.COPY_EQUAL or not job.n:
             return False
-        return journal.covers(job.name, 0, job.bytes_out)
+        needed = Piece(job, 0, job.n).needed
+        return all(journal.covers(name, first, end - first) for name, first, end in needed)
 
     def _assignment(self, label: str, device: str, names: Sequence[str]) -> Assignment:
         journal = self.folder.journal
-        proven = {n: journal.proven(n) for n in names} if journal else {}
+        stored = [name for n in names for name in stored_names(self.jobs[n])]
+        proven = {n: journal.proven(n) for n in stored} if journal else {}
         return replace(
             self.whole,
             label=label,
@@ -390,8 +395,10 @@ def deal_by_bytes(jobs: Sequence[TensorJob], n: int) -> list[list[str]]:
 def deal_by_shard(plan: Plan, jobs: Sequence[TensorJob]) -> list[tuple[str, list[str]]]:
     """Share tensors out by the file they go to: (file name, names of tensors) of each that has any."""
     assert plan.layout is not None
-    left = {job.name for job in jobs}
-    shares = [(s.file_name, [n for n in s.tensors if n in left]) for s in plan.layout.shards]
+    owner = {stored_names(job)[0]: job.name for job in jobs}
+    shares = [
+        (s.file_name, [owner[n] for n in s.tensors if n in owner]) for s in plan.layout.shards
+    ]
     return [(file, names) for file, names in shares if names]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,25 @@ def _modules(value: Any) -> Iterable[str]:
             yield text.split(".")[0]
 
 
-def merged_config(config: dict[str, Any], dtype: DType, tie: bool | None) -> bytes:
+def merged_config(
+    config: dict[str, Any],
+    dtype: DType,
+    tie: bool | None,
+    quantisation: Mapping[str, Any] | None = None,
+) -> bytes:
     """Return the merge's config.json, made from the donor's.
 
     The element type is set under the keys that the donor uses (`dtype` where it has none), also in
     its sub-configurations; tie sets tie_word_embeddings unless None; what describes packed weights
-    is left out.
+    is left out, and `quantisation` is what describes those of the merge.
     """
     out = _adapted(config, dtype, tie)
     if not any(key in out for key in _DTYPE_KEYS):
         out["dtype"] = dtype.torch
     if tie is not None:
         out["tie_word_embeddings"] = tie
+    if quantisation is not None:
+        out["quantization_config"] = dict(quantisation)
     return (json.dumps(out, indent=2) + "\n").encode()
 
 

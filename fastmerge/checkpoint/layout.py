@@ -31,11 +31,12 @@ _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor to be written."""
+    """One tensor to be written. group: neighbours of one group go to one file; empty: it is alone."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    group: str = ""
 
     @property
     def n(self) -> int:
@@ -92,12 +93,15 @@ def plan_layout(
     seen: set[str] = set()
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
+    sizes = _group_sizes(tensors)
     for tensor in tensors:
         check_name(tensor.name, "output")
         if tensor.name in seen:
             raise CheckpointError(f"output: two tensors are named {shown(tensor.name)}")
         seen.add(tensor.name)
-        if filled and tensor.n_bytes and filled + tensor.n_bytes > shard_size:
+        follows = bool(groups[-1] and tensor.group and groups[-1][-1].group == tensor.group)
+        size = sizes.get(tensor.group, tensor.n_bytes)
+        if filled and size and not follows and filled + size > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
@@ -108,6 +112,14 @@ def plan_layout(
     total_size = sum(t.n_bytes for t in tensors)
     index = None if len(shards) == 1 else _index(shards, total_size, sum(t.n for t in tensors))
     return Layout(shards, index, total_size)
+
+
+def _group_sizes(tensors: Sequence[OutputTensor]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.group:
+            sizes[tensor.group] = sizes.get(tensor.group, 0) + tensor.n_bytes
+    return sizes
 
 
 def parse_size(text: str) -> int:

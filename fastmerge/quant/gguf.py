@@ -95,7 +95,7 @@ def open_gguf(path: Path | str) -> Checkpoint:
         factors = _content(gguf, ROPE_FACTORS)
         config, warnings = config_of(gguf, architecture, model_dtype(gguf), factors)
     tensors = _tensors(gguf, architecture, warnings)
-    return Checkpoint(path, tensors, config, [gguf.path], [gguf.identity], tuple(warnings))
+    return Checkpoint(path, tensors, config, [gguf.path], [gguf.identity], warnings=tuple(warnings))
 
 
 def model_dtype(gguf: GgufFile) -> DType:
