@@ -157,8 +157,8 @@ def fit_host(plan: Plan) -> None:
     """Choose the rings' sizes and which tensors are too large to be held whole."""
     if not plan.jobs:
         return
-    largest_parts = (next(results_of(j), None) for j in plan.jobs)  # the first is as large as any
-    results = max((p.bytes_out + 2 * BLOCK for p in largest_parts if p), default=0)
+    largest_parts = [p for j in plan.jobs if (p := next(results_of(j), None))]  # as large as any
+    results = max((p.bytes_out + 2 * BLOCK * len(p.places) for p in largest_parts), default=0)
     plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
     most = max(len(j.operands) for j in plan.jobs)
     budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES

@@ -70,7 +70,8 @@ class Coding:
     symmetric:  INT4, GPTQ, AWQ: no zero points (GPTQ, AWQ store the constant one).
     v1:         GPTQ: zero points are stored less one.
     other_rule: BNB: the CUDA kernel's rule in exact arithmetic. INT4 in bfloat16: divide in float32. MXFP4:
-                the exponent of OCP's specification.
+                the exponent of OCP's specification. NVFP4: ModelOpt's, whose scale of the tensor is a factor
+                and not a divisor: a scale of a group is scale * tensor_scale, rounded once.
     nested:     BNB: scales are themselves coded, 8 bits each (double quantisation).
     search:     choose scales by least squared error.
     rotary:     rows of a head whose halves are stored interleaved (GGUF's q and k of Llama); 0: none.
@@ -193,6 +194,11 @@ def unit_rows(coding: Coding, cols: int) -> int:
     if f is Format.FP8:
         rows = coding.group_rows or 1
     return math.lcm(rows, coding.rotary or 1)
+
+
+def result_rows(coding: Coding, cols: int) -> int:
+    """Return how many rows what is coded at once must be a multiple of, where the tensor does not end."""
+    return unit_rows(coding, cols) or 8  # GPTQ and AWQ pack eight outputs in a word
 
 
 def is_atomic(coding: Coding) -> bool:

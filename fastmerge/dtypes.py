@@ -16,6 +16,7 @@ class DType(enum.Enum):
     BF16 = ("BF16", "bfloat16", 2, 3)
     F8_E4M3 = ("F8_E4M3", "float8_e4m3fn", 1, -1)
     F8_E5M2 = ("F8_E5M2", "float8_e5m2", 1, -1)
+    F8_E8M0 = ("F8_E8M0", "float8_e8m0fnu", 1, -1)  # powers of two: scales
     I64 = ("I64", "int64", 8, -1)
     I32 = ("I32", "int32", 4, -1)
     I16 = ("I16", "int16", 2, -1)

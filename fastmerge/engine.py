@@ -8,28 +8,30 @@ earlier sweeps over the same files.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
 from typing import Protocol
 
-from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
+from fastmerge import packed
+from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels, Residual
 from fastmerge.backends.memory import copy_bytes, same_bytes
 from fastmerge.budget import take_memory
 from fastmerge.checkpoint import word_bytes
-from fastmerge.checkpoint.files import opened, read_at
+from fastmerge.checkpoint.checksum import checksum
+from fastmerge.checkpoint.durable import write_at
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
     Ranges,
-    first_nonfinite,
+    peak,
     resolve,
     resolve_model,
     start_walks,
@@ -64,7 +66,7 @@ class Report:
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
     io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
-    that was to be recorded.
+    that was to be recorded. residuals: what coding cost each tensor that was coded in this run.
     """
 
     n_tensors: int = 0
@@ -77,6 +79,7 @@ class Report:
     io: str = ""
     stages: list[Stage] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    residuals: dict[str, Residual] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -106,6 +109,19 @@ class _Part:
     piece: Piece
     walk: Walk | Copy
     operands: Operands
+
+
+@dataclass
+class _Result:
+    """Where a part's walk writes, and what is written to which file from there.
+
+    left: elements that are still to come; only results that can but be written whole wait for any.
+    """
+
+    buffer: Buffer | Coded
+    writes: list[tuple[int, Place, str]]  # address, place, stored tensor
+    left: int
+    checks: list[Check] = field(default_factory=list)
 
 
 class Engine:
@@ -144,6 +160,8 @@ class Engine:
         self.watch = Stopwatch(self.trace)
         self.walks: dict[str, Walk | Copy] = dict(walks or {})
         self.device, self._disks = device, disks
+        self.peaks: dict[str, float] = {}  # largest magnitudes, of tensors that are coded by them
+        self._held: dict[str, _Result] = {}  # of tensors that are written whole, begun
         self._passed = 0  # bytes that need no reading
         self.places = plan.layout.places() if plan.layout else {}
 
@@ -227,6 +245,8 @@ class Engine:
         over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
         if any(j.name not in self.walks and self._left(j) for j in over_model):
             self._resolve_model()
+        self._find_peaks()
+        self._write_constants()
         items = work_items(jobs, self.plan.streamed, self.plan.item_bytes)
         for item, operands in self._sweep(self._skipping(items)):
             self._merge(item, operands)
@@ -249,10 +269,10 @@ class Engine:
     def _is_done(self, piece: Piece) -> bool:
         job = piece.job
         # Copies of integers are made again: comparing them may have something to say.
-        if self.out.journal is None or job.action is Action.COPY_EQUAL or not piece.n:
+        journal = self.out.journal
+        if journal is None or job.action is Action.COPY_EQUAL or not piece.n:
             return False
-        start = piece.start * job.out_dtype.itemsize
-        return self.out.journal.covers(job.name, start, piece.bytes_out)
+        return all(journal.covers(name, first, end - first) for name, first, end in piece.needed)
 
     def _skipping(self, items: Iterable[WorkItem]) -> list[WorkItem]:
         """Return what is left of the items; a list, for another thread may go through it."""
@@ -282,14 +302,27 @@ class Engine:
     ) -> Iterator[tuple[Piece, Operands]]:
         """Yield pieces of some jobs with their operands: of given ranges, or of all of a job."""
         items: list[WorkItem] = []
+        within: deque[list[tuple[int, int]]] = deque()  # what was asked for of each piece
         for job, ranges in wanted:
             if ranges is None:
-                items += (WorkItem((p,)) for p in split(job, self.plan.item_bytes))
+                pieces = list(split(job, self.plan.item_bytes))
+                items += (WorkItem((p,)) for p in pieces)
+                within += ([(p.start, p.start + p.n)] for p in pieces)
                 continue
-            pieces = [p for a, b in ranges for p in split(job, self.plan.item_bytes, a, b)]
+            pieces = []
+            for a, b in ranges:
+                for piece in split(job, self.plan.item_bytes, a, b):
+                    if not pieces or pieces[-1].start != piece.start or pieces[-1].n != piece.n:
+                        pieces.append(piece)
+                        within.append([])
+                    end = min(b, piece.start + piece.n)
+                    within[-1].append((max(a, piece.start), end))
             items += together(pieces, self.plan.item_bytes)
         for item, operands in self._sweep(items):
-            yield from zip(item.pieces, operands, strict=True)
+            for piece, held in zip(item.pieces, operands, strict=True):
+                for a, b in within.popleft():
+                    part = Piece(piece.job, a, b - a)
+                    yield part, held.slice(a - piece.start, b - piece.start)
 
     # ---- merging -----------------------------------------------------------------------------------
 
@@ -303,6 +336,8 @@ class Engine:
             walk = self._walk_of(job, held)
             if piece.n < job.n:
                 self.walks[job.name] = walk
+            if job.needs_peak and job.name not in self.peaks:  # alone, and all of it is here
+                self._find_peak(job, walk, held)
             # A piece of a tensor is cut as its results are; only a whole one has several.
             whole = piece.n == job.n
             for part in results_of(job, self.plan.item_bytes) if whole else (piece,):
@@ -326,58 +361,97 @@ class Engine:
 
     def _keeps(self, part: Piece) -> bool:
         """Return whether a part of a tensor whose other parts are left is written already."""
-        if part.n < part.job.n and self._is_done(part):
+        if part.n < part.job.n and part.job.name not in self._held and self._is_done(part):
             self.report.bytes_kept += part.bytes_out
             return True
         return False
 
     def _start(self, batch: Sequence[_Part]) -> None:
         """Run the walks of some parts, in one go where a device does, and queue the results."""
-        places = [self._place(part.piece) for part in batch]
-        out = [
-            self.writer.memory.buffer(self.writer.reserve(place), p.job.out_dtype, p.n)
-            for place, p in zip(places, (part.piece for part in batch), strict=True)
-        ]
+        results = [self._result(part.piece) for part in batch]
         walks = [
-            (part.walk, part.operands, buffer)
-            for part, buffer in zip(batch, out, strict=True)
+            (part.walk, part.operands, result.buffer)
+            for part, result in zip(batch, results, strict=True)
             if part.piece.job.action is not Action.COPY_EQUAL
         ]
         with self.watch.time("walk"):
             bad = _each(start_walks(self.kernels, walks, self.chunk_elements))
-            for part, buffer in zip(batch, out, strict=True):
+            for part, result in zip(batch, results, strict=True):
                 if part.piece.job.action is Action.COPY_EQUAL:
-                    copy_bytes(buffer, part.operands.experts[0])
+                    copy_bytes(result.buffer, part.operands.experts[0])
         self.reader.sources.check()
-        for part, buffer, place in zip(batch, out, places, strict=True):
-            merged = part.piece.job.action is not Action.COPY_EQUAL
-            check = self._check(part.piece, next(bad)) if merged else None
-            self.writer.write(buffer.address, place, self._written(part.piece.job.name), check)
-            self.report.bytes_written += part.piece.bytes_out
+        for part, result in zip(batch, results, strict=True):
+            job = part.piece.job
+            if job.action is not Action.COPY_EQUAL and self.nan_policy == "error":
+                result.checks.append(partial(_refuse, part.piece, next(bad)))
+            result.left -= part.piece.n
+            if result.left <= 0:
+                self._finish(job, result)
 
-    def _place(self, part: Piece) -> Place:
-        job = part.job
-        shard, info = self.places[job.name]
-        size = job.out_dtype.itemsize
-        start, word = part.start * size, word_bytes(job.shape, size)
+    def _result(self, piece: Piece) -> _Result:
+        """Take memory for what a piece's walk writes; of a tensor that is written whole, once for all."""
+        job = piece.job
+        if job.name in self._held:
+            return self._at(job, self._held[job.name], piece)
+        writes = []
+        for name, first, end in piece.places:
+            place = self._place(name, first, end)
+            writes.append((self.writer.reserve(place), place, name))
+        memory = self.writer.memory
+        if job.stored is None:
+            buffer = memory.buffer(writes[0][0], job.out_dtype, piece.n)
+            return _Result(buffer, writes, piece.n)
+        addresses = [address for address, _, _ in writes]
+        coded = packed.result_of(job, piece, memory, addresses, self.peaks.get(job.name, 0.0))
+        residual = self.report.residuals.setdefault(job.name, Residual())
+        result = _Result(replace(coded, residual=residual), writes, piece.n)
+        if job.is_atomic:
+            result.left = job.n
+            self._held[job.name] = result
+            return self._at(job, result, piece)
+        return result
+
+    @staticmethod
+    def _at(job: TensorJob, whole: _Result, piece: Piece) -> _Result:
+        """Return a whole tensor's result, with a piece's elements to write to."""
+        assert isinstance(whole.buffer, Coded)
+        whole.buffer = replace(whole.buffer, start=piece.start, n=piece.n)
+        return whole
+
+    def _finish(self, job: TensorJob, result: _Result) -> None:
+        """Queue what is merged, and all that follows from it."""
+        self._held.pop(job.name, None)
+        if isinstance(result.buffer, Coded):
+            addresses = [address for address, _, _ in result.writes]
+            late = packed.late(job, result.buffer, self.writer.memory, addresses)
+            for name, content in late.items():
+                self._write_now(name, content)
+        check = partial(_check_all, result.checks) if result.checks else None
+        for address, place, name in result.writes:
+            self.writer.write(address, place, self._written(name), check)
+            self.report.bytes_written += place.n
+
+    def _write_now(self, name: str, content: bytes) -> None:
+        """Write a small tensor whose bytes are known."""
+        place = self._place(name, 0, len(content))
+        write_at(place.fd, content, place.offset)
+        written = self._written(name)
+        if written is not None:
+            written(0, len(content), checksum(content, place.word))
+        self.report.bytes_written += len(content)
+
+    def _place(self, name: str, first: int, end: int) -> Place:
+        """Return the place of bytes [first, end) of a stored tensor."""
+        shard, info = self.places[name]
+        word = word_bytes(info.shape, info.dtype.itemsize)
         fds = self.out.fd(shard), self.out.direct_fd(shard)
-        return Place(*fds, info.offset + start, part.bytes_out, word, start)
+        return Place(*fds, info.offset + first, end - first, word, first)
 
     def _written(self, name: str) -> Written | None:
         journal = self.out.journal
         if journal is None:
             return None
         return lambda start, n, checksum: journal.add([(name, start, n, checksum)])
-
-    def _check(self, part: Piece, is_bad: Callable[[], bool]) -> Check | None:
-        if self.nan_policy != "error":
-            return None
-
-        def check() -> None:
-            if is_bad():
-                refuse_nonfinite(part)
-
-        return check
 
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         assert job.params is not None
@@ -432,6 +506,13 @@ class Engine:
 
     def _merge_streamed(self, job: TensorJob) -> None:
         """Merge a tensor too large for the ring: one sweep per statistic pass, then one for the walk."""
+        if job.name not in self.walks:
+            self._resolve_streamed(job)
+        items = self._skipping(WorkItem((p,)) for p in split(job, self.plan.item_bytes))
+        for item, operands in self._sweep(items):
+            self._merge(item, operands)
+
+    def _resolve_streamed(self, job: TensorJob) -> None:
         assert job.params is not None
         recipe = self.plan.spec.recipe(job.params, job.context(self.plan.seed, self.plan.n_model))
         answer = None
@@ -442,9 +523,6 @@ class Engine:
                 self.walks[job.name] = stop.value
                 break
             answer = self._stream_statistic(job, request)
-        items = self._skipping(WorkItem((p,)) for p in split(job, self.plan.item_bytes))
-        for item, operands in self._sweep(items):
-            self._merge(item, operands)
 
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
         sweep = self.kernels.sweep(request, job.n, job.cols, len(job.experts), job.compute)
@@ -457,16 +535,68 @@ class Engine:
             if not sweep.next_pass():
                 return sweep.result()
 
+    # ---- formats that start from the whole tensor's largest magnitude ---------------------------------
+
+    def _find_peaks(self) -> None:
+        """Find, by a sweep of their own, the peaks of tensors that share a scale or are not held whole."""
+        groups = {
+            j.stored.scale_group: j.name
+            for j in self.jobs
+            if j.stored and j.needs_peak and j.stored.scale_group and self._left(j)
+        }
+        wanted = [j for j in self.plan.jobs if j.needs_peak and self._peak_is_apart(j, groups)]
+        streamed = [j for j in wanted if j.name in self.plan.streamed]
+        for item, operands in self._sweep(
+            work_items(wanted, self.plan.streamed, self.plan.item_bytes)
+        ):
+            for piece, held in zip(item.pieces, operands, strict=True):
+                walk = self._walk_of(piece.job, held)
+                self.walks[piece.job.name] = walk
+                self._find_peak(piece.job, walk, held)
+        for job in streamed:
+            if job.name not in self.walks:
+                self._resolve_streamed(job)
+            for _, held in self._sweep_ranges([(job, None)]):
+                self._find_peak(job, self.walks[job.name], held)
+        shared: dict[str, float] = {}
+        for job in wanted:
+            group = job.stored.scale_group if job.stored else None
+            if group:
+                shared[group] = max(shared.get(group, 0.0), self.peaks[job.name])
+        for job in wanted:
+            group = job.stored.scale_group if job.stored else None
+            if group:
+                self.peaks[job.name] = shared[group]
+
+    def _peak_is_apart(self, job: TensorJob, groups: Collection[str | None]) -> bool:
+        """Return whether a tensor's peak must be known before it is merged."""
+        assert job.stored is not None
+        if job.stored.scale_group:
+            return job.stored.scale_group in groups
+        here = any(job is j for j in self.jobs) and self._left(job)
+        whole = job.bytes_in <= self.plan.item_bytes or (
+            job.is_whole and job.name not in self.plan.streamed
+        )
+        return here and not whole
+
+    def _find_peak(self, job: TensorJob, walk: Walk | Copy, held: Operands) -> None:
+        assert job.stored is not None
+        with self.watch.time("statistics"):
+            bad, high = peak(self.kernels, walk, held, job.stored.coding.dtype, self.chunk_elements)
+        if bad:
+            refuse_nonfinite(Piece(job, held.start, held.n))
+        self.peaks[job.name] = max(self.peaks.get(job.name, 0.0), high)
+
+    def _write_constants(self) -> None:
+        for job in self.jobs:
+            for constant in job.stored.constants if job.stored else ():
+                if constant.content is not None:
+                    self._write_now(constant.name, constant.content)
+
 
 def _runs(item: WorkItem) -> list[Run]:
     """Return the runs of bytes that hold an item's operands, piece by piece."""
-    runs = []
-    for piece in item.pieces:
-        for operand in piece.job.operands:
-            size = operand.info.dtype.itemsize
-            first = operand.info.offset + piece.start * size
-            runs.append((operand.info.file, first, piece.n * size))
-    return runs
+    return [(s.info.file, s.info.offset + s.first, s.n) for p in item.pieces for s in p.spans]
 
 
 def _operands(item: WorkItem, addresses: Sequence[int], memory: Memory) -> Iterator[Operands]:
@@ -474,7 +604,7 @@ def _operands(item: WorkItem, addresses: Sequence[int], memory: Memory) -> Itera
     at = iter(addresses)
     for piece in item.pieces:
         job = piece.job
-        buffers = [memory.buffer(next(at), o.info.dtype, piece.n) for o in job.operands]
+        buffers = [packed.operand_of(o, piece, memory, at) for o in job.operands]
         base = buffers.pop(0) if job.base else None
         yield Operands(base, buffers, job.cols, job.compute, piece.start)
 
@@ -490,23 +620,31 @@ def _at(known: Callable[[], list[bool]], i: int) -> bool:
     return known()[i]
 
 
+def _refuse(part: Piece, is_bad: Callable[[], bool]) -> None:
+    if is_bad():
+        refuse_nonfinite(part)
+
+
+def _check_all(checks: Sequence[Check]) -> None:
+    for check in checks:
+        check()
+
+
 def refuse_nonfinite(part: Piece) -> None:
     """Raise NonFiniteError for the first NaN or infinity in a part's operands, read from their files again:
     by the time a device tells, its memory holds others."""
     for operand in part.job.operands:
-        info = operand.info
-        size = info.dtype.itemsize
-        with opened(info.file) as (fd, _):
-            for start in range(part.start, part.start + part.n, CHUNK_ELEMENTS):
-                n = min(CHUNK_ELEMENTS, part.start + part.n - start)
-                data = read_at(fd, info.file, info.offset + start * size, n * size)
-                held = ctypes.create_string_buffer(data, len(data))
-                index = first_nonfinite(Buffer(ctypes.addressof(held), info.dtype, n))
-                if index is not None:
-                    raise NonFiniteError(
-                        f"{part.job.name!r} of {operand.model!r} holds NaN or infinity at flat index "
-                        f"{start + index}; mend the checkpoint or give --nan-policy propagate"
-                    )
+        index = packed.first_nonfinite_of(operand, part)
+        if index is not None:
+            raise NonFiniteError(
+                f"{part.job.name!r} of {operand.model!r} holds NaN or infinity at flat index "
+                f"{index}; mend the checkpoint or give --nan-policy propagate"
+            )
+    if part.job.stored is not None:
+        raise NonFiniteError(
+            f"{part.job.name!r} as merged holds values that {part.job.stored.coding.dtype.torch} cannot; "
+            "merge with smaller weights, or keep it dense with --keep"
+        )
 
 
 def head_differs(plan: Plan, out: Output) -> bool:

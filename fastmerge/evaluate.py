@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Kernels
+from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
 from fastmerge.backends.memory import bytes_of, copy_bytes, to_host
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError, RecipeError
@@ -42,8 +42,8 @@ from fastmerge.stages import (
 class Operands:
     """One tensor's operands in memory: base (delta methods only), experts, last dimension, compute type."""
 
-    base: Buffer | None
-    experts: Sequence[Buffer]
+    base: Buffer | Coded | None
+    experts: Sequence[Buffer | Coded]
     cols: int
     compute: DType
     start: int = 0
@@ -53,7 +53,7 @@ class Operands:
         return self.experts[0].n if self.experts else self.base.n if self.base else 0
 
     @property
-    def operands(self) -> list[Buffer]:
+    def operands(self) -> list[Buffer | Coded]:
         """The base, if there is one, and the experts."""
         return ([self.base] if self.base else []) + list(self.experts)
 
@@ -68,13 +68,14 @@ class Operands:
         )
 
     def chunks(
-        self, size: Grain, limit: int, with_base: bool = True
+        self, size: Grain, limit: int, with_base: bool = True, unit: int = 1
     ) -> Iterator[tuple[int, Chunk]]:
-        """Cut into chunks of about `limit` elements that respect `size`; yields (first element, chunk)."""
-        step = max(1, limit)
+        """Cut into chunks of about `limit` elements, a multiple of `unit`, that respect `size`; yields (first
+        element, chunk)."""
         if size is Grain.ROW:
-            step = max(self.cols, step // self.cols * self.cols)
-        elif size is Grain.TENSOR:
+            unit = math.lcm(unit, self.cols)
+        step = max(unit, limit // unit * unit)
+        if size is Grain.TENSOR:
             step = max(1, self.n)
         for a in range(0, self.n, step):
             b = min(self.n, a + step)
@@ -151,7 +152,7 @@ def run_walk(
     kernels: Kernels,
     walk: Walk | Copy,
     operands: Operands,
-    out: Buffer,
+    out: Buffer | Coded,
     limit: int = CHUNK_ELEMENTS,
 ) -> bool:
     """Run a walk over operands in memory into `out`; true if an operand held NaN or infinity."""
@@ -160,7 +161,7 @@ def run_walk(
 
 def run_walks(
     kernels: Kernels,
-    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer]],
+    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer | Coded]],
     limit: int = CHUNK_ELEMENTS,
 ) -> list[bool]:
     """As `run_walk`, of many tensors at once."""
@@ -169,23 +170,23 @@ def run_walks(
 
 def start_walks(
     kernels: Kernels,
-    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer]],
+    jobs: Sequence[tuple[Walk | Copy, Operands, Buffer | Coded]],
     limit: int = CHUNK_ELEMENTS,
 ) -> Callable[[], list[bool]]:
     """As `run_walks`, without waiting for a device: what is returned waits for it, and may be called once
     the operands are gone."""
-    parts: list[tuple[Walk, Chunk, Buffer]] = []
+    parts: list[tuple[Walk, Chunk, Buffer | Coded]] = []
     tensor: list[int] = []
     copies: list[tuple[int, Buffer, Buffer]] = []
     for t, (walk, operands, out) in enumerate(jobs):
         if isinstance(walk, Copy):
             source = operands.operands[walk.index]
-            if source.dtype is out.dtype:
+            if isinstance(source, Buffer) and isinstance(out, Buffer) and source.dtype is out.dtype:
                 copies.append((t, out, source))
-            walk = Walk(coefficient=np.ones((1, 1)), add_base=False)
-            operands = Operands(None, [source], operands.cols, operands.compute, operands.start)
+            walk, operands = identity(operands, walk)
         refuse_unrunnable(kernels, walk)
-        for a, chunk in operands.chunks(grain(walk), limit, with_base=walk.add_base):
+        unit = out.unit if isinstance(out, Coded) else 1
+        for a, chunk in operands.chunks(grain(walk), limit, walk.add_base, unit):
             cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
             parts.append((cut, chunk, out.slice(a, a + chunk.n)))
             tensor.append(t)
@@ -202,6 +203,32 @@ def start_walks(
         if source.device != "cpu" or bad()[t]:
             copy_bytes(target, source)
     return bad
+
+
+def identity(operands: Operands, copy: Copy) -> tuple[Walk, Operands]:
+    """Return the walk that gives one of the operands as it is, and what it is over."""
+    source = operands.operands[copy.index]
+    walk = Walk(coefficient=np.ones((1, 1)), add_base=False)
+    return walk, Operands(None, [source], operands.cols, operands.compute, operands.start)
+
+
+def peak(
+    kernels: Kernels,
+    walk: Walk | Copy,
+    operands: Operands,
+    dtype: DType,
+    limit: int = CHUNK_ELEMENTS,
+) -> tuple[bool, float]:
+    """Return (whether an operand held NaN or infinity, the largest magnitude of the result as `dtype`)."""
+    if isinstance(walk, Copy):
+        walk, operands = identity(operands, walk)
+    refuse_unrunnable(kernels, walk)
+    bad, largest = False, 0.0
+    for a, chunk in operands.chunks(grain(walk), limit, walk.add_base):
+        cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
+        found, high = kernels.peak(cut, chunk, dtype)
+        bad, largest = bad or found, max(largest, high)
+    return bad, largest
 
 
 def refuse_unrunnable(kernels: Kernels, walk: Walk) -> None:

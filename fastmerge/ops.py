@@ -78,8 +78,9 @@ def _load_triton(device: str) -> Kernels:
 
 def _load_reference(device: str) -> Kernels:
     from fastmerge.backends.reference import ReferenceKernels
+    from fastmerge.backends.through_dense import ThroughDense
 
-    return ReferenceKernels()
+    return ThroughDense(ReferenceKernels())
 
 
 @dataclass(frozen=True)

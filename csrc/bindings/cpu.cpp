@@ -67,6 +67,29 @@ PYBIND11_MODULE(_cpu, m) {
               run_walk(w.plan, in.view, f64, known, reinterpret_cast<void*>(out), dtype_of(out_type), &bad);
               return bad;
           });
+    m.def("walk_coded",
+          [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, const PyCoded& out) {
+              check(w.plan.keep, in);
+              if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+              bool bad = false;
+              double residual[2];
+              {
+                  nogil release;
+                  run_walk_coded(w.plan, in.view, f64, known, out.view, &bad, residual);
+              }
+              return py::make_tuple(bad, residual[0], residual[1]);
+          });
+    m.def("walk_peak", [](const PyWalk& w, const PyOperands& in, bool f64, Decided* known, int type) {
+        check(w.plan.keep, in);
+        if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+        bool bad = false;
+        float peak = 0;
+        {
+            nogil release;
+            peak = run_walk_peak(w.plan, in.view, f64, known, dtype_of(type), &bad);
+        }
+        return py::make_tuple(bad, peak);
+    });
     m.def("keep_mask", [](const PyKeep& k, const PyOperands& in, bool f64) {
         check(k.plan, in);
         py::array_t<uint8_t> out({py::ssize_t(in.view.n_experts), py::ssize_t(in.view.n)});
@@ -164,7 +187,8 @@ PYBIND11_MODULE(_cpu, m) {
         generic::encode_nested(reinterpret_cast<const float*>(absmax), blocks, offset, cpu_table_rule,
                                reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(nested));
     });
-    m.def("tensor_scale", [](const PyCoded& c, float peak) { return generic::tensor_scale_of(c.view, peak); });
+    m.def("tensor_scale",
+          [](const PyCoded& c, float peak) { return generic::tensor_scale_of(c.view, peak); });
 
     m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
         const generic::Philox4 r = generic::philox4x32_10(c0, c1, c2, c3, k0, k1);

@@ -21,7 +21,7 @@ using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 inline DType dtype_of(int code) {
-    if (code < 0 || code > int(DType::BF16)) throw std::invalid_argument("unknown dtype code");
+    if (code < 0 || code > int(DType::Coded)) throw std::invalid_argument("unknown dtype code");
     return DType(code);
 }
 
@@ -42,33 +42,60 @@ struct PyCoded {
         return reinterpret_cast<T*>(value.cast<uintptr_t>());
     }
     void set(const std::string& key, const py::handle& value) {
-        if (key == "format") view.format = Format(value.cast<int>());
-        else if (key == "type") view.type = dtype_of(value.cast<int>());
-        else if (key == "scale_type") view.scale_type = ScaleType(value.cast<int>());
-        else if (key == "group") view.group = value.cast<int32_t>();
-        else if (key == "group_rows") view.group_rows = value.cast<int32_t>();
-        else if (key == "symmetric") view.symmetric = value.cast<bool>();
-        else if (key == "v1") view.v1 = value.cast<bool>();
-        else if (key == "other_rule") view.other_rule = value.cast<bool>();
-        else if (key == "search") view.search = value.cast<bool>();
-        else if (key == "rotary") view.rotary = value.cast<int32_t>();
-        else if (key == "rows") view.rows = value.cast<int64_t>();
-        else if (key == "cols") view.cols = value.cast<int64_t>();
-        else if (key == "origin") view.origin = value.cast<int64_t>();
-        else if (key == "first") view.first = value.cast<int64_t>();
-        else if (key == "codes") view.codes = at<uint8_t>(value);
-        else if (key == "scales") view.scales = at<uint8_t>(value);
-        else if (key == "zeros") view.zeros = at<uint8_t>(value);
-        else if (key == "nested") view.nested = at<const float>(value);
-        else if (key == "nested_offset") view.nested_offset = value.cast<float>();
-        else if (key == "tensor_scale") view.tensor_scale = value.cast<float>();
-        else if (key == "group_of") view.group_of = at<const int32_t>(value);
-        else if (key == "low_a") view.low_a = at<const void>(value);
-        else if (key == "low_b") view.low_b = at<const void>(value);
-        else if (key == "low_type") view.low_type = dtype_of(value.cast<int>());
-        else if (key == "rank") view.rank = value.cast<int32_t>();
-        else if (key == "low_scale") view.low_scale = value.cast<float>();
-        else throw std::invalid_argument("coded: no field " + key);
+        if (key == "format")
+            view.format = Format(value.cast<int>());
+        else if (key == "type")
+            view.type = dtype_of(value.cast<int>());
+        else if (key == "scale_type")
+            view.scale_type = ScaleType(value.cast<int>());
+        else if (key == "group")
+            view.group = value.cast<int32_t>();
+        else if (key == "group_rows")
+            view.group_rows = value.cast<int32_t>();
+        else if (key == "symmetric")
+            view.symmetric = value.cast<bool>();
+        else if (key == "v1")
+            view.v1 = value.cast<bool>();
+        else if (key == "other_rule")
+            view.other_rule = value.cast<bool>();
+        else if (key == "search")
+            view.search = value.cast<bool>();
+        else if (key == "rotary")
+            view.rotary = value.cast<int32_t>();
+        else if (key == "rows")
+            view.rows = value.cast<int64_t>();
+        else if (key == "cols")
+            view.cols = value.cast<int64_t>();
+        else if (key == "origin")
+            view.origin = value.cast<int64_t>();
+        else if (key == "first")
+            view.first = value.cast<int64_t>();
+        else if (key == "codes")
+            view.codes = at<uint8_t>(value);
+        else if (key == "scales")
+            view.scales = at<uint8_t>(value);
+        else if (key == "zeros")
+            view.zeros = at<uint8_t>(value);
+        else if (key == "nested")
+            view.nested = at<const float>(value);
+        else if (key == "nested_offset")
+            view.nested_offset = value.cast<float>();
+        else if (key == "tensor_scale")
+            view.tensor_scale = value.cast<float>();
+        else if (key == "group_of")
+            view.group_of = at<const int32_t>(value);
+        else if (key == "low_a")
+            view.low_a = at<const void>(value);
+        else if (key == "low_b")
+            view.low_b = at<const void>(value);
+        else if (key == "low_type")
+            view.low_type = dtype_of(value.cast<int>());
+        else if (key == "rank")
+            view.rank = value.cast<int32_t>();
+        else if (key == "low_scale")
+            view.low_scale = value.cast<float>();
+        else
+            throw std::invalid_argument("coded: no field " + key);
     }
 };
 
@@ -76,10 +103,12 @@ struct PyCoded {
 struct PyOperands {
     std::vector<const void*> experts;
     std::vector<DType> types;
+    py::list coded;  // keeps the descriptions alive that coded operands are given as
     Operands view;
 
     PyOperands(uintptr_t base, int base_type, const std::vector<uintptr_t>& addresses,
-               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols) {
+               const std::vector<int>& codes, int64_t start, int64_t n, int64_t cols, py::list owned)
+        : coded(owned) {
         if (addresses.size() != codes.size() || start < 0 || n < 0 || cols < 1)
             throw std::invalid_argument("operands: sizes do not fit");
         for (const uintptr_t a : addresses) experts.push_back(reinterpret_cast<const void*>(a));
@@ -155,10 +184,15 @@ inline void check(const Keep& keep, const PyOperands& in) {
 }
 
 inline void bind_plans(py::module_& m) {
-    py::class_<PyCoded>(m, "Coded", py::module_local()).def(py::init<const py::kwargs&>());
+    py::class_<PyCoded>(m, "Coded", py::module_local())
+        .def(py::init<const py::kwargs&>())
+        .def_property_readonly("address",
+                               [](const PyCoded& c) { return reinterpret_cast<uintptr_t>(&c.view); });
     py::class_<PyOperands>(m, "Operands", py::module_local())
         .def(py::init<uintptr_t, int, const std::vector<uintptr_t>&, const std::vector<int>&, int64_t,
-                      int64_t, int64_t>());
+                      int64_t, int64_t, py::list>(),
+             py::arg("base"), py::arg("base_type"), py::arg("addresses"), py::arg("types"), py::arg("start"),
+             py::arg("n"), py::arg("cols"), py::arg("coded") = py::list());
     py::class_<PyKeep>(m, "Keep", py::module_local())
         .def(py::init<>())
         .def("cut", &PyKeep::cut)

@@ -11,6 +11,7 @@
 #include "core/plan.hpp"
 #include "core/types.hpp"
 #if !defined(__CUDACC__)
+#include "core/four_bit/decode.hpp"
 #include "core/philox_lanes.hpp"
 #endif
 
@@ -22,7 +23,14 @@ template <class Real, int N = BLOCK>
 FM_HD inline bool load_block(const void* p, DType t, int64_t i, int m, Real* out) {
     if (m < N)
         for (int j = 0; j < N; ++j) out[j] = Real(0);
-    load_run<Real>(p, t, i, m < N ? m : N, out);
+#if !defined(__CUDACC__)
+    if (t == DType::Coded) {
+        float decoded[N];
+        decode_run(*static_cast<const Coded*>(p), i, m < N ? m : N, decoded);
+        for (int j = 0; j < m && j < N; ++j) out[j] = Real(decoded[j]);
+    } else
+#endif
+        load_run<Real>(p, t, i, m < N ? m : N, out);
     int bad = 0;
     for (int j = 0; j < N; ++j) bad |= key_of(out[j]) >= KeyOf<Real>::inf;
     return bad != 0;

@@ -23,7 +23,8 @@
 
 namespace fastmerge {
 
-enum class DType : int32_t { F64 = 0, F32 = 1, F16 = 2, BF16 = 3 };
+/// Coded: a pointer to elements of this type is one to a `Coded` (core/four_bit/format.hpp).
+enum class DType : int32_t { F64 = 0, F32 = 1, F16 = 2, BF16 = 3, Coded = 4 };
 
 FM_HD inline int itemsize(DType t) {
     return t == DType::F64 ? 8 : t == DType::F32 ? 4 : 2;
@@ -165,6 +166,8 @@ FM_HD inline void load_run(const void* p, DType t, int64_t first, int m, Real* o
             for (int j = 0; j < m; ++j) out[j] = Real(bf16_to_float(q[j]));
             break;
         }
+        case DType::Coded:
+            break;  // load_block's
     }
 }
 
@@ -198,6 +201,8 @@ FM_HD inline void store_run(const Real* in, void* p, DType t, int64_t first, int
             for (int j = 0; j < m; ++j) q[j] = float_to_bf16(for_narrow(in[j]));
             break;
         }
+        case DType::Coded:
+            break;  // encode_tile's
     }
 }
 

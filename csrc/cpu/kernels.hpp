@@ -34,6 +34,16 @@ struct KernelTable {
     /// Merge elements [a, b) of the chunk into out; true if an operand is not finite.
     bool (*walk)(const WalkPlan&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b, void* out,
                  DType out_type);
+    /// Merge rows [row, row + rows), columns [col, col + cols) of the tensor and code them: a whole number of
+    /// the format's tiles, all in the chunk. scratch: 8 bytes for each element. True if an operand, or a
+    /// value as the type that is coded, is not finite; nothing is coded then. residual: gets the sums of
+    /// squared errors and of squares added.
+    bool (*walk_coded)(const WalkPlan&, const Operands&, const Ranks&, bool f64, const Coded& out,
+                       int64_t row, int rows, int64_t col, int64_t cols, void* scratch, double* residual);
+    /// Raise `peak`, a key, to the largest magnitude of merged elements [a, b) as `type`; as `walk`
+    /// otherwise.
+    bool (*walk_peak)(const WalkPlan&, const Operands&, const Ranks&, bool f64, DType type, int64_t a,
+                      int64_t b, uint32_t* peak);
     /// Write [K, n] uint8 for elements [a, b).
     void (*keep_mask)(const Keep&, const Operands&, const Ranks&, bool f64, int64_t a, int64_t b,
                       uint8_t* out);

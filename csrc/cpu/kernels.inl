@@ -282,6 +282,7 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
     for (int64_t r = 0; r < m; ++r) rank[order[r].index] = uint32_t(r);
 }
 
+#include "cpu/coded.inl"
 #include "cpu/statistics_common.inl"
 
 // The instantiation of a template for the operands' types.
@@ -302,6 +303,13 @@ void rank_unit_range(const Operands& in, int k, int64_t a, int64_t m, uint32_t* 
 
 bool walk(const WalkPlan& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b, void* out,
           DType t) {
+    if (is_coded(in)) {
+        bool bad = false;
+        by_tile(in, f64, a, b, [&](const Operands& tile, int64_t i, int64_t j) {
+            bad |= walk(p, tile, r, f64, i, j, out, t);
+        });
+        return bad;
+    }
     if (CommonExpert experts[MAX_COMMON]; common_walk(p, in, r, f64, experts))
         FM_BY_TYPE(in, walk_voted, p, in, r, experts, a, b, out, t);
     FM_CHOOSE(walk_range<float>(p, in, r, a, b, out, t), walk_range<double>(p, in, r, a, b, out, t));
@@ -312,12 +320,20 @@ void keep_mask(const Keep& p, const Operands& in, const Ranks& r, bool f64, int6
 }
 void moments(Moment of, const Keep& p, const Operands& in, const Ranks& r, bool f64, int64_t a, int64_t b,
              double* lanes) {
+    if (is_coded(in))
+        return by_tile(in, f64, a, b, [&](const Operands& tile, int64_t i, int64_t j) {
+            moments(of, p, tile, r, f64, i, j, lanes);
+        });
     if (CommonExpert experts[MAX_COMMON]; common_experts(p, in, r, f64, experts))
         FM_BY_TYPE(in, moments_common, of, p, in, r, experts, a, b, lanes);
     FM_CHOOSE(moments_range<float>(of, p, in, r, a, b, lanes),
               moments_range<double>(of, p, in, r, a, b, lanes));
 }
 void gram(const Operands& in, bool f64, int64_t a, int64_t b, int64_t position, double* lanes) {
+    if (is_coded(in))
+        return by_tile(in, f64, a, b, [&](const Operands& tile, int64_t i, int64_t j) {
+            gram(tile, f64, i, j, position, lanes);
+        });
     if (is_single(in, f64)) FM_BY_TYPE(in, gram_common, in, a, b, position, lanes);
     FM_CHOOSE(gram_range<float>(in, a, b, position, lanes), gram_range<double>(in, a, b, position, lanes));
 }
@@ -330,6 +346,10 @@ int64_t sign_balance(const WalkPlan& p, const Operands& in, const Ranks& r, bool
     FM_CHOOSE(sign_balance_range<float>(p, in, r, a, b), sign_balance_range<double>(p, in, r, a, b));
 }
 void keys(const Operands& in, int k, bool f64, int64_t a, int64_t b, uint64_t* out) {
+    if (is_coded(in))
+        return by_tile(in, f64, a, b, [&](const Operands& tile, int64_t i, int64_t j) {
+            keys(tile, k, f64, i, j, out + (i - a));
+        });
     FM_CHOOSE(keys_range<float>(in, k, a, b, out), keys_range<double>(in, k, a, b, out));
 }
 void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int shift, int width,
@@ -339,6 +359,20 @@ void histogram(const Operands& in, int k, bool f64, int64_t a, int64_t b, int sh
 }
 void bracket(const Operands& in, bool variance, bool nonzero, int n_ranks, bool f64, int64_t a, int64_t b,
              const Bracket* brackets, Bracketed* counts) {
+    if (is_coded(in))
+        return by_tile(in, f64, a, b, [&](const Operands& tile, int64_t i, int64_t j) {
+            const int n = (variance ? 1 : in.n_experts) * n_ranks;
+            int64_t before[MAX_BRACKETS];
+            if (n > MAX_BRACKETS) {
+                FM_CHOOSE(bracket_range<float>(tile, variance, nonzero, n_ranks, i, j, brackets, counts, a),
+                          bracket_range<double>(tile, variance, nonzero, n_ranks, i, j, brackets, counts, a));
+            }
+            for (int c = 0; c < n; ++c) before[c] = counts[c].n;
+            bracket(tile, variance, nonzero, n_ranks, f64, i, j, brackets, counts);
+            for (int c = 0; c < n; ++c)  // positions are the span's, not the tile's
+                for (int64_t at = before[c]; counts[c].key && at < counts[c].n; ++at)
+                    counts[c].position[at] = uint16_t(counts[c].position[at] + (i - a));
+        });
     if (is_single(in, f64))
         FM_BY_TYPE(in, bracket_common, in, variance, nonzero, n_ranks, a, b, brackets, counts);
     FM_CHOOSE(bracket_range<float>(in, variance, nonzero, n_ranks, a, b, brackets, counts, a),
@@ -355,7 +389,8 @@ void rank_unit(const Operands& in, int k, bool f64, int64_t a, int64_t m, uint32
 }
 bool ranks_rows(const Keep& keep, const Operands& in, bool f64) {
     return keep.drop_axis == Axis::Row && !keep.by_value && !keep.rescale && !keep.given &&
-           in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && is_single(in, f64);
+           in.cols % BLOCK == 0 && in.cols >= RANK_BINS && in.start % BLOCK == 0 && is_single(in, f64) &&
+           !is_coded(in);
 }
 bool draws(const Keep& keep, const Operands& in, bool f64) {
     bool wide = keep.rescale || keep.given || in.start % BLOCK != 0 || !is_single(in, f64);
@@ -382,10 +417,10 @@ void rank_row(const Operands& in, int k, int64_t a, const uint32_t* threshold, u
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {FM_TEXT(FM_ISA), walk,       keep_mask, moments, gram,        gram_columns,
-                           sign_balance,    keys,       histogram, bracket, count_equal, find_equal,
-                           rank_unit,       ranks_rows, draws,     draw,    rank_row,    decode_run,
-                           encode_tile};
+const KernelTable table = {
+    FM_TEXT(FM_ISA), walk,         walk_coded, walk_peak, keep_mask, moments,     gram,
+    gram_columns,    sign_balance, keys,       histogram, bracket,   count_equal, find_equal,
+    rank_unit,       ranks_rows,   draws,      draw,      rank_row,  decode_run,  encode_tile};
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

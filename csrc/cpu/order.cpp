@@ -231,7 +231,15 @@ void OrderSweep::feed_sample(const Operands& in, int64_t first) {
     parallel(n_operands, [&](int64_t o) {
         const bool is_base = o == in.n_experts;
         const char* from = static_cast<const char*>(is_base ? in.base : in.expert[o]);
-        const size_t bytes = size_t(itemsize(is_base ? in.base_type : in.expert_type[o]));
+        const DType type = is_base ? in.base_type : in.expert_type[o];
+        if (type == DType::Coded) {
+            held[o].resize(size_t(taken) * sizeof(float));
+            float* to = reinterpret_cast<float*>(held[o].data());
+            for (const auto& [i, n] : runs)
+                kernels().decode(*reinterpret_cast<const Coded*>(from), i, int(n), to), to += n;
+            return;
+        }
+        const size_t bytes = size_t(itemsize(type));
         held[o].resize(size_t(taken) * bytes);
         char* to = held[o].data();
         for (const auto& [i, n] : runs)
@@ -239,9 +247,13 @@ void OrderSweep::feed_sample(const Operands& in, int64_t first) {
     });
     Operands sample = in;
     std::vector<const void*> experts;
-    for (int k = 0; k < in.n_experts; ++k) experts.push_back(held[k].data());
-    if (in.base) sample.base = held[in.n_experts].data();
-    sample.expert = experts.data(), sample.start = 0, sample.n = taken, sample.cols = 1;
+    std::vector<DType> types;
+    const auto held_type = [](DType type) { return type == DType::Coded ? DType::F32 : type; };
+    for (int k = 0; k < in.n_experts; ++k)
+        experts.push_back(held[k].data()), types.push_back(held_type(in.expert_type[k]));
+    if (in.base) sample.base = held[in.n_experts].data(), sample.base_type = held_type(in.base_type);
+    sample.expert = experts.data(), sample.expert_type = types.data(), sample.start = 0, sample.n = taken,
+    sample.cols = 1;
     parallel(q.n_keys, [&](int64_t k) {
         std::vector<uint64_t>& keys = collected_[k];
         keys.resize(keys.size() + size_t(taken));

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/four_bit/encode.hpp"
 #include "cpu/spans.hpp"
 
 namespace fastmerge {
@@ -143,6 +144,65 @@ void run_walk(const WalkPlan& plan, const Operands& in, bool f64, Decided* known
         if (kernels().walk(plan, in, ranks.view, f64, a, b, out, out_type)) seen = true;
     });
     *bad = seen;
+}
+
+namespace {
+
+/// Elements that are merged before they are coded: few enough to be in the first cache then.
+constexpr int64_t CODED_TILE = 4096;
+
+/// Columns of a tile: a whole number of the format's, as many as fit.
+int64_t tile_width(const generic::Tile& unit, int64_t cols) {
+    if (unit.cols == 0) return cols;
+    const int64_t fit = CODED_TILE / (unit.rows * unit.cols);
+    return std::min(cols, unit.cols * std::max<int64_t>(1, fit));
+}
+
+}  // namespace
+
+void run_walk_coded(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, const Coded& out,
+                    bool* bad, double* residual) {
+    const RankData ranks(plan.keep, in, f64, RankData::Kept, known);
+    const generic::Tile unit = generic::tile_of(out);
+    const bool flat = out.format == Format::BnbNf4 || out.format == Format::BnbFp4;
+    const int64_t cols = flat ? in.n : out.cols, rows = in.n / cols, first = flat ? 0 : in.start / cols;
+    const int64_t width = tile_width(unit, cols), widths = (cols + width - 1) / width;
+    const int64_t tiles = (rows + unit.rows - 1) / unit.rows * widths;
+    const int64_t together = std::max<int64_t>(1, SPAN / (unit.rows * width));  // tiles of one task
+    std::atomic<bool> seen{false};
+    const int64_t n_tasks = (tiles + together - 1) / together;
+    std::vector<double> sums(size_t(n_tasks) * 2);
+    parallel(n_tasks, [&](int64_t task) {
+        thread_local std::vector<double> scratch;
+        scratch.resize(size_t(unit.rows * width));
+        for (int64_t t = task * together; t < std::min(tiles, (task + 1) * together); ++t) {
+            const int64_t row = t / widths * unit.rows, col = t % widths * width;
+            const int n_rows = int(std::min(unit.rows, rows - row));
+            if (kernels().walk_coded(plan, in, ranks.view, f64, out, first + row, n_rows,
+                                     col + (flat ? in.start : 0), std::min(width, cols - col), scratch.data(),
+                                     sums.data() + 2 * task))
+                seen = true;
+        }
+    });
+    residual[0] = residual[1] = 0;
+    for (int64_t t = 0; t < n_tasks; ++t) residual[0] += sums[2 * t], residual[1] += sums[2 * t + 1];
+    *bad = seen;
+}
+
+float run_walk_peak(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, DType type,
+                    bool* bad) {
+    const RankData ranks(plan.keep, in, f64, RankData::Kept, known);
+    std::atomic<bool> seen{false};
+    std::atomic<uint32_t> largest{0};
+    parallel_spans(in.n, [&](int64_t a, int64_t b) {
+        uint32_t peak = 0;
+        if (kernels().walk_peak(plan, in, ranks.view, f64, type, a, b, &peak)) seen = true;
+        uint32_t before = largest;
+        while (before < peak && !largest.compare_exchange_weak(before, peak)) {
+        }
+    });
+    *bad = seen;
+    return generic::bit_cast<float>(uint32_t(largest));
 }
 
 void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out) {

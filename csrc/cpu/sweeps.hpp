@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/four_bit/format.hpp"
 #include "core/plan.hpp"
 #include "cpu/kernels.hpp"
 
@@ -55,6 +56,13 @@ class RankData {
 
 void run_walk(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, void* out, DType out_type,
               bool* bad);
+/// As run_walk, coded as `out` describes: the chunk is a whole number of the format's rows. residual: the
+/// sums of squared errors and of squares.
+void run_walk_coded(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, const Coded& out,
+                    bool* bad, double* residual);
+/// The largest magnitude of what run_walk would write as `type`.
+float run_walk_peak(const WalkPlan& plan, const Operands& in, bool f64, Decided* known, DType type,
+                    bool* bad);
 void run_keep_mask(const Keep& keep, const Operands& in, bool f64, uint8_t* out);
 /// p: [K, n], the exact keep probabilities of a ranked drop.
 void run_keep_probability(const Keep& keep, const Operands& in, bool f64, double* p);

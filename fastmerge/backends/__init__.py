@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from fastmerge.coding import Coding, result_rows
 from fastmerge.dtypes import DType
 from fastmerge.stages import (
     Cut,
@@ -44,6 +46,60 @@ class Buffer:
         return Buffer(address, self.dtype, stop - start, self.owner, self.device)
 
 
+@dataclass
+class Residual:
+    """What coding cost: sums of squared errors and of squares, over the elements coded so far."""
+
+    errors: float = 0.0
+    squares: float = 0.0
+
+    def add(self, errors: float, squares: float) -> None:
+        self.errors += errors
+        self.squares += squares
+
+    @property
+    def relative_rms(self) -> float:
+        """sqrt(sum (decoded - merged)^2 / sum merged^2); 0 for a tensor of zeros."""
+        return math.sqrt(self.errors / self.squares) if self.squares else 0.0
+
+
+@dataclass(frozen=True)
+class Coded:
+    """As `Buffer`, elements [start, start + n) of a tensor [rows, cols] that is stored as codes.
+
+    Read as operand, written as result. slots: memory of each part (`coding.parts_of`); parts that are cut
+    along with the tensor begin with what belongs to flat index `origin`. low_a, low_b: see `LowRank`.
+    residual: of a result, is added to by kernels that tell it.
+    """
+
+    coding: Coding
+    rows: int
+    cols: int
+    origin: int
+    start: int
+    n: int
+    slots: Mapping[str, Buffer]
+    nested_offset: float = 0.0
+    tensor_scale: float = 1.0
+    low_scale: float = 0.0
+    residual: Residual | None = field(default=None, compare=False)
+
+    #: What kernels see of it.
+    dtype = DType.F32
+
+    @property
+    def device(self) -> str:
+        return self.slots["codes"].device
+
+    @property
+    def unit(self) -> int:
+        """Elements that what is coded at once must be a multiple of, where the tensor does not end."""
+        return result_rows(self.coding, self.cols) * self.cols
+
+    def slice(self, start: int, stop: int) -> Coded:
+        return replace(self, start=self.start + start, n=stop - start)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Elements [start, start + n) of one tensor, of all operands.
@@ -53,8 +109,8 @@ class Chunk:
     rows or columns, a chunk holds whole rows.
     """
 
-    base: Buffer | None
-    experts: Sequence[Buffer]
+    base: Buffer | Coded | None
+    experts: Sequence[Buffer | Coded]
     start: int
     n: int
     cols: int
@@ -92,15 +148,26 @@ class Kernels(Protocol):
         """Start a statistic over n elements (all of the model's for order statistics of model scope)."""
         ...
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
+    def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         """Merge one chunk into `out`. Returns whether an operand held NaN or infinity."""
         ...
 
-    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+    def peak(self, walk: Walk, chunk: Chunk, dtype: DType) -> tuple[bool, float]:
+        """Return (as `walk`, the largest magnitude of what `walk` would write as `dtype`)."""
+        import torch
+
+        device = chunk.experts[0].device if chunk.experts else "cpu"
+        held = torch.empty(chunk.n, dtype=getattr(torch, dtype.torch), device=device)
+        bad = self.walk(walk, chunk, Buffer(held.data_ptr(), dtype, chunk.n, held, device))
+        return bad, float(held.abs().max()) if chunk.n else 0.0
+
+    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]) -> list[bool]:
         """As `walk`, many at once: where a launch costs more than a small tensor, they share one."""
         return [self.walk(*job) for job in jobs]
 
-    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+    def start_walks(
+        self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]
+    ) -> Callable[[], list[bool]]:
         """As `walks`, without waiting for a device: what is returned waits, and tells what `walks` does."""
         found = self.walks(jobs)
         return lambda: found
@@ -131,12 +198,14 @@ __all__ = [
     "MOST_DECIDED",
     "Buffer",
     "Chunk",
+    "Coded",
     "Cut",
     "Gram",
     "Kernels",
     "MomentResult",
     "Moments",
     "OrderStatistic",
+    "Residual",
     "SignBalance",
     "Sweep",
 ]

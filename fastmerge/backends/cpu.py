@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.backends import MOST_DECIDED, Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends import MOST_DECIDED, Buffer, Chunk, Coded, Kernels, Sweep
 from fastmerge.backends.lowering import (
     MOMENTS,
     given_masks,
+    lower_coded,
     lower_keep,
     lower_operands,
     lower_walk,
@@ -187,23 +188,32 @@ class CpuKernels(Kernels):
         self._decided = (keep.drop, _cpu.Decided(n_experts, n))
         return self._decided[1]
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
+    def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         if chunk.n == 0:
             return False
+        plan, known = self._plan(walk)
+        operands = _operands(chunk, walk.add_base)
+        if isinstance(out, Coded):
+            native = lower_coded(_cpu, out)
+            bad, *sums = _cpu.walk_coded(plan, operands, _is_f64(chunk), known, native)
+            if out.residual is not None:
+                out.residual.add(*sums)
+            return bad
+        return _cpu.walk(plan, operands, _is_f64(chunk), known, out.address, out.dtype.code)
+
+    def peak(self, walk: Walk, chunk: Chunk, dtype: DType) -> tuple[bool, float]:
+        plan, known = self._plan(walk)
+        operands = _operands(chunk, walk.add_base)
+        return _cpu.walk_peak(plan, operands, _is_f64(chunk), known, dtype.code)
+
+    def _plan(self, walk: Walk) -> tuple[_cpu.Walk, _cpu.Decided | None]:
         # A tensor comes in many chunks with one walk: lower it once.
         if self._lowered is None or self._lowered[0] is not walk:
             self._lowered = (walk, *_lower(walk))
         known = None
         if self._decided is not None and self._decided[0] is walk.keep.drop:
             known = self._decided[1]
-        return _cpu.walk(
-            self._lowered[1],
-            _operands(chunk, walk.add_base),
-            _is_f64(chunk),
-            known,
-            out.address,
-            out.dtype.code,
-        )
+        return self._lowered[1], known
 
     def keep_mask(self, keep: Keep, chunk: Chunk) -> NDArray[np.uint8]:
         plan, _owned = _keep(keep)

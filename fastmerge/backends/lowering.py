@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastmerge.backends import Chunk
+from fastmerge.backends import Chunk, Coded
 from fastmerge.stages import Axis, Cut, Drop, Keep, RankedDrop, Walk
 
 MOMENTS = {"abs": 0, "square": 1, "max": 2}
@@ -14,17 +14,57 @@ ON_ZERO = {"plus": 0, "minus": 1, "none": 2}
 DIVIDE = {"none": 0, "constant": 1, "weight": 2}
 
 
+#: csrc/core/types.hpp's DType::Coded.
+CODED = 4
+
+
 def lower_operands(native: Any, chunk: Chunk, with_base: bool = True) -> Any:
     """Return `native.Operands` of a chunk."""
     base = chunk.base if with_base else None
+    operands = [*chunk.experts, *([base] if base else [])]
+    coded = {id(x): lower_coded(native, x) for x in operands if isinstance(x, Coded)}
+    places = [
+        (coded[id(x)].address, CODED) if isinstance(x, Coded) else (x.address, x.dtype.code)
+        for x in operands
+    ]
+    base_place = places.pop() if base else (0, 1)
     return native.Operands(
-        base.address if base else 0,
-        base.dtype.code if base else 1,
-        [x.address for x in chunk.experts],
-        [x.dtype.code for x in chunk.experts],
+        *base_place,
+        [address for address, _ in places],
+        [code for _, code in places],
         chunk.start,
         chunk.n,
         chunk.cols,
+        list(coded.values()),
+    )
+
+
+def lower_coded(native: Any, coded: Coded) -> Any:
+    """Return `native.Coded`; the memory is the caller's."""
+    c, slots = coded.coding, coded.slots
+    fields: dict[str, Any] = {name: slots[name].address for name in slots}
+    if "low_a" in slots:
+        fields["low_type"] = slots["low_a"].dtype.code
+        fields["rank"] = slots["low_a"].n // coded.cols
+    return native.Coded(
+        format=int(c.format),
+        type=c.dtype.code,
+        scale_type=int(c.scale),
+        group=c.group,
+        group_rows=c.group_rows,
+        symmetric=c.symmetric,
+        v1=c.v1,
+        other_rule=c.other_rule,
+        search=c.search,
+        rotary=c.rotary,
+        rows=coded.rows,
+        cols=coded.cols,
+        origin=coded.origin,
+        first=coded.start,
+        nested_offset=coded.nested_offset,
+        tensor_scale=coded.tensor_scale,
+        low_scale=coded.low_scale,
+        **fields,
     )
 
 

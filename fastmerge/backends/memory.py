@@ -56,8 +56,8 @@ def same_bytes(a: Buffer, b: Buffer) -> bool:
 
 
 def copy_bytes(target: Buffer, source: Buffer) -> None:
-    """Copy a buffer of the same type and length on the same device."""
-    if source.device == "cpu":
+    """Copy a buffer of the same type and length, from the same device or from the host."""
+    if source.device == target.device == "cpu":
         ctypes.memmove(target.address, source.address, source.n * source.dtype.itemsize)
     elif source.n:
         tensor_of(target).copy_(tensor_of(source))

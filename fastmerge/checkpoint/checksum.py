@@ -32,6 +32,11 @@ def word_bytes(shape: Sequence[int], itemsize: int) -> int:
     return min(8, row & -row)
 
 
+def checksum(data: bytes, word: int) -> int:
+    """Return the checksum of a whole tensor's bytes."""
+    return _cpu.checksum(data, word, 0)
+
+
 def file_checksum(fd: int, path: Path, offset: int, n_bytes: int, word: int, start: int = 0) -> int:
     """Return the checksum of a part of a file, which begins `start` bytes into its tensor.
 

@@ -105,6 +105,14 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at a place of a file."""
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
 def write_file(path: Path, content: bytes | Path, needed: int, sync: bool = True) -> None:
     """Create `path` with these bytes, or those of another file, and (sync) wait for the disk."""
     with disk_errors(path, needed):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.checkpoint.files import FileIdentity, read_json_object
 from fastmerge.checkpoint.header import TensorInfo, read_header
 from fastmerge.checkpoint.wording import is_plain_name, place, reason, shown
@@ -44,14 +45,17 @@ class Checkpoint:
     """One model folder with every header checked. tensors are ordered by file, then by offset.
 
     config is the content of config.json, None where there is none. identities belong to
-    weight_files.
+    weight_files. dropped: stored tensors that are not the model's but a format's own -> why.
+    warnings are for the user.
     """
 
     path: Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo | CodedInfo]
     config: dict[str, Any] | None
     weight_files: list[Path]
     identities: list[FileIdentity] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a weight file was replaced or written to since opening."""
@@ -86,7 +90,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files = _unindexed(path, names)
     config = read_json_object(path / CONFIG, strict=False) if CONFIG in names else None
     headers = [read_header(path / file) for file in files]
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo | CodedInfo] = {}
     for header in headers:
         for name, info in header.tensors.items():
             if weight_map is not None:

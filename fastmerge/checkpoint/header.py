@@ -22,7 +22,6 @@ _UNSUPPORTED = {
     "F4": "elements of 4 bits",
     "F6_E2M3": "elements of 6 bits",
     "F6_E3M2": "elements of 6 bits",
-    "F8_E8M0": "a scale type",
     "F8_E4M3FNUZ": "a float8 variant",
     "F8_E5M2FNUZ": "a float8 variant",
     "C64": "complex numbers",

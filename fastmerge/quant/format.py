@@ -6,6 +6,7 @@ arithmetic is not here but in csrc/core/four_bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,6 +37,10 @@ class Constant:
     shape: tuple[int, ...]
     content: bytes | None
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -50,8 +55,9 @@ class Scales:
 class Quantised:
     """What `OutFormat.config` needs: the coded tensors and those that were left in 16 bit.
 
-    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of two-dimensional
-    weights of linear modules that stay dense. config: the model's own config.json. dtype: of dense tensors.
+    coded: module weight name (`model.layers.0.mlp.up_proj.weight`) -> its coding. kept: names of
+    two-dimensional weights of linear modules that stay dense. config: the model's own config.json.
+    dtype: of dense tensors.
     """
 
     coded: Mapping[str, Coding]
@@ -63,7 +69,15 @@ class Quantised:
 class OutFormat(Protocol):
     """A way to store a whole model."""
 
-    name: str  # as `--quantize` takes it
+    @property
+    def name(self) -> str:
+        """As `--quantize` takes it."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Formats of one family can be mixed in one folder."""
+        ...
 
     def coding(self, dtype: DType, shape: tuple[int, ...]) -> Coding:
         """Return how a weight [out, in] is coded; dtype: what values are rounded to first."""

@@ -9,8 +9,8 @@
 namespace fastmerge {
 namespace FM_ISA {
 
-/// What one call of encode_tile needs: rows from a multiple of `rows`, columns from and to a multiple of `cols`
-/// or to the end of the row; cols 0: whole rows.
+/// What one call of encode_tile needs: rows from a multiple of `rows`, columns from and to a multiple of
+/// `cols` or to the end of the row; cols 0: whole rows.
 struct Tile {
     int64_t rows, cols;
 };
@@ -55,19 +55,21 @@ FM_HD inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t co
     for (int r = 0; r < rows; ++r) {
         const int64_t first = stored_row(c, row + r) * c.cols + col;
         for (int64_t j = 0; j < cols; j += PIECE)
-            store_run(x + r * stride + j, c.codes, c.type, first + j, int(cols - j < PIECE ? cols - j : PIECE));
+            store_run(x + r * stride + j, c.codes, c.type, first + j,
+                      int(cols - j < PIECE ? cols - j : PIECE));
     }
 }
 
 /// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
 /// begins a block. stride: elements between rows of x.
-FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
-                              int64_t stride) {
+FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                              const float* x, int64_t stride) {
     switch (c.format) {
         case Format::Dense:
             return encode_dense(c, row, rows, col, cols, x, stride);
         case Format::BnbNf4:
-            return c.other_rule ? encode_bnb<Nf4, true>(c, col, cols, x) : encode_bnb<Nf4, false>(c, col, cols, x);
+            return c.other_rule ? encode_bnb<Nf4, true>(c, col, cols, x)
+                                : encode_bnb<Nf4, false>(c, col, cols, x);
         case Format::BnbFp4:
             return c.other_rule ? encode_bnb<Fp4, true>(c, col, cols, x) : encode_bnb<Fp4, false>(c, col, cols, x);
         case Format::Int4:

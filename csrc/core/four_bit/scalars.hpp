@@ -24,9 +24,7 @@ FM_HD inline float rounded_to(float x) {
 }
 
 FM_HD inline float rounded_to(DType t, float x) {
-    return t == DType::F16    ? rounded_to<DType::F16>(x)
-           : t == DType::BF16 ? rounded_to<DType::BF16>(x)
-                              : x;
+    return t == DType::F16 ? rounded_to<DType::F16>(x) : t == DType::BF16 ? rounded_to<DType::BF16>(x) : x;
 }
 
 /// NaN becomes `low`.

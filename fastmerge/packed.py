@@ -1,0 +1,198 @@
+"""Coded tensors between files and kernels: operands, results, and what is known late."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fastmerge import _cpu
+from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Coded
+from fastmerge.backends.lowering import lower_coded
+from fastmerge.backends.memory import copy_bytes, to_host
+from fastmerge.checkpoint import TensorInfo
+from fastmerge.checkpoint.files import opened, read_at
+from fastmerge.dtypes import DType
+from fastmerge.evaluate import first_nonfinite
+from fastmerge.jobs import Operand, Piece, TensorJob, matrix_of
+from fastmerge.quant.format import Scales
+from fastmerge.streaming.device import Memory
+
+
+def operand_of(
+    operand: Operand, piece: Piece, memory: Memory, addresses: Iterator[int]
+) -> Buffer | Coded:
+    """Return a piece of an operand whose spans (see `Operand.spans`) are in memory at the next addresses."""
+    info = operand.info
+    if isinstance(info, TensorInfo):
+        return memory.buffer(next(addresses), info.dtype, piece.n)
+    slots = {}
+    names = [spec.slot for spec in operand.specs]
+    names += [slot for slot in info.parts if slot not in names]
+    names += ["low_a", "low_b"] if info.low_rank else []
+    for slot, span in zip(names, operand.spans(piece.start, piece.start + piece.n), strict=True):
+        dtype = span.info.dtype
+        slots[slot] = memory.buffer(next(addresses), dtype, span.n // dtype.itemsize)
+    rows, cols = matrix_of(info.shape)
+    return Coded(
+        info.coding,
+        rows,
+        cols,
+        piece.start,
+        piece.start,
+        piece.n,
+        slots,
+        info.nested_offset,
+        info.tensor_scale,
+        info.low_rank.scale if info.low_rank else 0.0,
+    )
+
+
+def result_of(
+    job: TensorJob, piece: Piece, memory: Memory, addresses: Sequence[int], peak: float
+) -> Coded:
+    """Return the memory of a piece's result; addresses are those of `Piece.places`.
+
+    peak: largest magnitude of the whole result (of all that share its scale), where that decides.
+    """
+    assert job.stored is not None
+    coding = job.stored.coding
+    at = iter(addresses)
+    slots = {}
+    for part, spec in job.parts:
+        written = job.is_atomic or spec.per_element is not None
+        address = next(at) if written else 0
+        if not written:  # a scale of the tensor
+            slots[spec.slot] = _filled(memory, _tensor_scale(job, peak))
+        elif coding.nested and spec.slot == "scales":  # coded themselves when all are known: `late`
+            slots[spec.slot] = _empty(memory, spec.shape[0])
+        elif spec.slot != "nested":
+            first, end = (0, spec.n_bytes)
+            if not job.is_atomic:
+                first, end = spec.span(piece.start, piece.start + piece.n)
+            size = part.dtype.itemsize
+            slots[spec.slot] = memory.buffer(address, part.dtype, (end - first) // size)
+    rows, cols = matrix_of(job.shape)
+    origin = 0 if job.is_atomic else piece.start
+    scale = _tensor_scale(job, peak) if job.needs_peak else 1.0
+    return Coded(coding, rows, cols, origin, piece.start, piece.n, slots, tensor_scale=scale)
+
+
+def _tensor_scale(job: TensorJob, peak: float) -> float:
+    assert job.stored is not None
+    rows, cols = matrix_of(job.shape)
+    probe = Coded(job.stored.coding, rows, cols, 0, 0, 0, {})
+    return float(_cpu.tensor_scale(lower_coded(_cpu, probe), peak))
+
+
+def _empty(memory: Memory, n: int) -> Buffer:
+    """Return n float32 of memory beside the rings, where the kernels run."""
+    if memory.device == "cpu":
+        array = np.empty(n, np.float32)
+        return Buffer(array.ctypes.data, DType.F32, n, array)
+    import torch
+
+    held = torch.empty(n, dtype=torch.float32, device=memory.device)
+    return Buffer(held.data_ptr(), DType.F32, n, held, memory.device)
+
+
+def _filled(memory: Memory, value: float) -> Buffer:
+    buffer = _empty(memory, 1)
+    array = np.array([value], np.float32)
+    copy_bytes(buffer, Buffer(array.ctypes.data, DType.F32, 1, array))
+    return buffer
+
+
+def _host(array: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Buffer:
+    return Buffer(array.ctypes.data, DType.U8, array.nbytes, array)
+
+
+def late(
+    job: TensorJob, result: Coded, memory: Memory, addresses: Sequence[int]
+) -> dict[str, bytes]:
+    """Finish a result that is coded, and return the stored tensors (name -> bytes) that follow from it.
+
+    memory, addresses: see `result_of`. Double quantisation: codes the scales, now that all are known.
+    """
+    assert job.stored is not None
+    scales = Scales(tensor_scale=result.tensor_scale)
+    if job.stored.coding.nested:
+        scales = Scales(nested_offset=_code_scales(result, memory, addresses))
+    found = {}
+    if result.origin == 0:
+        for part, spec in job.parts:
+            if not job.is_atomic and spec.per_element is None:
+                found[part.name] = np.float32(scales.tensor_scale).tobytes()
+        for constant in job.stored.constants:
+            if constant.content is None:
+                found[constant.name] = job.stored.format.late(
+                    constant.name, job.shape, job.stored.coding, scales
+                )
+    return found
+
+
+def _code_scales(result: Coded, memory: Memory, addresses: Sequence[int]) -> float:
+    """Code the scales of a tensor, 8 bits each; returns the mean that was taken from them first.
+
+    The mean is torch's, for bitsandbytes' is: its order of summation decides the last bit.
+    """
+    import torch
+
+    absmax = to_host(result.slots["scales"])
+    n = absmax.n
+    values = np.ctypeslib.as_array((ctypes.c_float * n).from_address(absmax.address))
+    offset = float(torch.from_numpy(values).mean())
+    codes = np.empty(n, np.uint8)
+    nested = np.empty(-(-n // 256), np.float32)
+    _cpu.encode_nested(
+        absmax.address,
+        n,
+        offset,
+        not result.coding.other_rule,
+        codes.ctypes.data,
+        nested.ctypes.data,
+    )
+    _, coded_scales, nested_scales = addresses
+    copy_bytes(memory.buffer(coded_scales, DType.U8, codes.nbytes), _host(codes))
+    copy_bytes(memory.buffer(nested_scales, DType.U8, nested.nbytes), _host(nested))
+    return offset
+
+
+def first_nonfinite_of(operand: Operand, piece: Piece) -> int | None:
+    """Return the flat index of a piece's first NaN or infinity, read from the files again."""
+    held: list[ctypes.Array[ctypes.c_char]] = []
+    if isinstance(operand.info, TensorInfo):
+        for start in range(piece.start, piece.start + piece.n, CHUNK_ELEMENTS):
+            n = min(CHUNK_ELEMENTS, piece.start + piece.n - start)
+            (address,) = _read(operand, Piece(piece.job, start, n), held)
+            index = first_nonfinite(Buffer(address, operand.info.dtype, n))
+            if index is not None:
+                return start + index
+            held.clear()
+        return None
+    addresses = _read(operand, piece, held)
+    coded = operand_of(operand, piece, Memory(0, 0), iter(addresses))
+    assert isinstance(coded, Coded)
+    values = np.empty(min(piece.n, CHUNK_ELEMENTS), np.float32)
+    for start in range(0, piece.n, CHUNK_ELEMENTS):
+        n = min(CHUNK_ELEMENTS, piece.n - start)
+        _cpu.decode(lower_coded(_cpu, coded.slice(start, start + n)), n, values.ctypes.data)
+        index = first_nonfinite(Buffer(values.ctypes.data, DType.F32, n))
+        if index is not None:
+            return piece.start + start + index
+    return None
+
+
+def _read(operand: Operand, piece: Piece, held: list[ctypes.Array[ctypes.c_char]]) -> list[int]:
+    """Read a piece's spans into memory that `held` keeps; returns their addresses."""
+    for span in operand.spans(piece.start, piece.start + piece.n):
+        with opened(span.info.file) as (fd, _):
+            data = read_at(fd, span.info.file, span.info.offset + span.first, span.n)
+        held.append(ctypes.create_string_buffer(data, max(1, len(data))))
+    return [
+        ctypes.addressof(h) for h in held[-len(operand.spans(piece.start, piece.start + piece.n)) :]
+    ]
+
+
+__all__ = ["first_nonfinite_of", "late", "operand_of", "result_of"]
