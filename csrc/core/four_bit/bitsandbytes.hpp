@@ -77,8 +77,8 @@ template <class Book, bool CUDA_RULE>
 FM_HD inline float bnb_nearest(float s) {
     if constexpr (CUDA_RULE && Book::is_fp4) return Book::value(fp4_code_by_magnitude(s));
     float value = Book::ranked(0);
-    FM_UNROLL for (int k = 0; k < 15; ++k)
-        value = s > (Book::ranked(k) + Book::ranked(k + 1)) / 2 ? Book::ranked(k + 1) : value;
+    FM_UNROLL for (int k = 0; k < 15; ++k) value =
+        s > (Book::ranked(k) + Book::ranked(k + 1)) / 2 ? Book::ranked(k + 1) : value;
     return value;
 }
 

@@ -21,7 +21,9 @@ FM_HD inline bool encodes(const Coded& c) {
 }
 
 FM_HD inline Tile tile_of(const Coded& c) {
-    const int64_t of_eight = c.group % 8 == 0 ? c.group : c.group % 4 == 0 ? c.group * 2 : int64_t(c.group) * 8;
+    const int64_t of_eight = c.group % 8 == 0   ? c.group
+                             : c.group % 4 == 0 ? c.group * 2
+                                                : int64_t(c.group) * 8;
     switch (c.format) {
         case Format::BnbNf4:
         case Format::BnbFp4:
@@ -71,7 +73,8 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
             return c.other_rule ? encode_bnb<Nf4, true>(c, col, cols, x)
                                 : encode_bnb<Nf4, false>(c, col, cols, x);
         case Format::BnbFp4:
-            return c.other_rule ? encode_bnb<Fp4, true>(c, col, cols, x) : encode_bnb<Fp4, false>(c, col, cols, x);
+            return c.other_rule ? encode_bnb<Fp4, true>(c, col, cols, x)
+                                : encode_bnb<Fp4, false>(c, col, cols, x);
         case Format::Int4:
             return encode_int4(c, row, rows, col, cols, x, stride);
         case Format::Nvfp4:

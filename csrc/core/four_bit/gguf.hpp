@@ -40,8 +40,8 @@ struct BlockQ4_0 {
             const auto error = [&](float clip) {
                 const float candidate = peak * clip / -8.f, r = reciprocal_or_zero(candidate);
                 const float stored = rounded_to<DType::F16>(candidate);
-                return squared_error(
-                    32, [&](int64_t j) { return stored * float(code(x[j] * r) - 8) - x[j]; });
+                return squared_error(32,
+                                     [&](int64_t j) { return stored * float(code(x[j] * r) - 8) - x[j]; });
             };
             d = peak * best_integer_clip(error) / -8.f;
         }

@@ -66,8 +66,8 @@ FM_HD inline void error_of_subs(const SubBlocks<S>& b, const int32_t code[SUB][S
         }
 }
 
-/// Scale and least value by weighted least squares; false where the codes do not tell. The least value is kept
-/// from being above 0.
+/// Scale and least value by weighted least squares; false where the codes do not tell. The least value is
+/// kept from being above 0.
 template <int S>
 FM_HD inline void fit_subs(const SubBlocks<S>& b, const int32_t code[SUB][S], float* scale, float* low,
                            int32_t* fits) {
@@ -100,8 +100,7 @@ FM_HD inline void search_subs(SubBlocks<S>& b) {
     code_subs(b, inverse, b.code);
     error_of_subs(b, b.code, b.scale, b.low, b.error);
     for (int step = 0; step <= 20; ++step) {
-        for (int s = 0; s < S; ++s)
-            inverse[s] = (-1.f + 0.1f * float(step) + 15.f) / (b.high[s] - b.low[s]);
+        for (int s = 0; s < S; ++s) inverse[s] = (-1.f + 0.1f * float(step) + 15.f) / (b.high[s] - b.low[s]);
         code_subs(b, inverse, code);
         fit_subs(b, code, scale, low, fits);
         error_of_subs(b, code, scale, low, error);

@@ -1,4 +1,5 @@
-// FP4 (E2M1) with a small float as the scale of a short block: NVFP4 and MXFP4, of compressed-tensors and of GGUF.
+// FP4 (E2M1) with a small float as the scale of a short block: NVFP4 and MXFP4, of compressed-tensors and of
+// GGUF.
 #pragma once
 #include "core/four_bit/lookup.hpp"
 #include "core/four_bit/search.hpp"
@@ -20,7 +21,8 @@ template <bool LOWER>
 struct Steps {
     FM_HD static int count(float a) {
         if constexpr (LOWER)
-            return (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) + (a > 5.f);
+            return (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) +
+                   (a > 5.f);
         return (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
     }
     FM_HD static float value(float a) {
@@ -63,8 +65,8 @@ FM_HD inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
     if (!search) return e;
     const auto error = [&](int exponent) {
         const float scale = e8m0_to_float(exponent), reciprocal = mx_reciprocal(exponent);
-        return squared_error(
-            n, [&](int64_t j) { return e2m1_nearest<GGUF>(x[j] * reciprocal) * scale - x[j]; });
+        return squared_error(n,
+                             [&](int64_t j) { return e2m1_nearest<GGUF>(x[j] * reciprocal) * scale - x[j]; });
     };
     return error(e + 1) < error(e) ? e + 1 : e;
 }
@@ -115,7 +117,8 @@ struct Nvfp4Group {
     }
 };
 
-// ---- both: codes low nibble first, a byte per scale --------------------------------------------------------
+// ---- both: codes low nibble first, a byte per scale
+// --------------------------------------------------------
 
 template <class Group, int N>
 FM_HD inline void encode_micro_row(const Coded& c, int64_t row, int64_t col, int64_t cols, const float* x) {

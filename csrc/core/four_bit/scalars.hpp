@@ -220,8 +220,8 @@ struct Count {
     static constexpr int value = N;
 };
 
-/// body(Count, at, n, out) for pieces of [at, at + m) within one group each. The count is constant for a whole
-/// piece that begins on a byte of nibbles.
+/// body(Count, at, n, out) for pieces of [at, at + m) within one group each. The count is constant for a
+/// whole piece that begins on a byte of nibbles.
 template <class Body>
 FM_HD inline void visit_pieces(int64_t group, int64_t at, int m, float* out, Body body) {
     while (m > 0) {

@@ -1,4 +1,5 @@
-// Choosing a scale by least squared error: candidates in a fixed order, of which a strictly better one is kept.
+// Choosing a scale by least squared error: candidates in a fixed order, of which a strictly better one is
+// kept.
 #pragma once
 #include "core/four_bit/scalars.hpp"
 

@@ -31,8 +31,8 @@ FM_HD inline int shift_of_zeros(const Coded& c) {
     return c.v1 && c.format == Format::Gptq ? 1 : 0;
 }
 
-/// For values, and 0, in [low, high]. GPTQ's zero is at least 1: stored less one it would be 15, which readers
-/// that add to whole words carry into the next.
+/// For values, and 0, in [low, high]. GPTQ's zero is at least 1: stored less one it would be 15, which
+/// readers that add to whole words carry into the next.
 FM_HD inline WordScale word_scale(const Coded& c, float low, float high) {
     const float peak = -low > high ? -low : high, span = c.symmetric ? 2.f * peak : high - low;
     const float scale = (span > 1e-5f ? span : 1e-5f) / 15.f;
@@ -51,7 +51,8 @@ FM_HD inline WordScale word_scale_of(const Coded& c, const float* x, int64_t n) 
     if (!c.search) return word_scale(c, low, high);
     const float clip = best_integer_clip([&](float factor) {
         const WordScale s = word_scale(c, low * factor, high * factor);
-        return squared_error(n, [&](int64_t j) { return (float(word_code(x[j], s)) - s.zero) * s.stored - x[j]; });
+        return squared_error(
+            n, [&](int64_t j) { return (float(word_code(x[j], s)) - s.zero) * s.stored - x[j]; });
     });
     return word_scale(c, low * clip, high * clip);
 }
@@ -97,8 +98,8 @@ FM_HD inline void encode_word_rows(const Coded& c, int64_t row, int rows, int64_
     const int64_t group = group_size(c);
     for (int r = 0; r < rows; r += 8)
         for (int64_t j = 0; j < cols; j += group)
-            encode_words(c, row + r, rows - r < 8 ? rows - r : 8, col + j, cols - j < group ? cols - j : group,
-                         x + r * stride + j, stride);
+            encode_words(c, row + r, rows - r < 8 ? rows - r : 8, col + j,
+                         cols - j < group ? cols - j : group, x + r * stride + j, stride);
 }
 
 /// Columns [col, col + m) of a row.
