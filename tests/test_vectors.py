@@ -7,14 +7,20 @@ is skipped with its reason.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import quant_vectors
 import torch
+from quant_vectors import Vector
 from vector_claims import Case, claim_of, read_cases, tensor, unclaimed_reason
 from vector_runners import BackendRunner, OracleRunner, Runner
+
+from fastmerge import _cpu
 
 #: The golden files that hold no vectors: test_instructions.py and test_triton_build.py read them.
 RECORDS = {
@@ -28,6 +34,8 @@ def _items(root: Path) -> list[Any]:
     """Return (case or file, runner or reason) for everything under `root`; a reason of '' fails."""
     items = []
     files = {p for p in root.rglob("*") if p.suffix in (".json", ".npz")} - RECORDS
+    for folder in {p.parent for p in files if p.name == quant_vectors.MANIFEST}:
+        files -= quant_vectors.listed_files(folder)
     for path in sorted(files):
         cases = read_cases(path) if path.suffix == ".json" else []
         if not cases:
@@ -43,7 +51,20 @@ def _items(root: Path) -> list[Any]:
     return items
 
 
+def _coded_items(root: Path) -> list[Any]:
+    folders = sorted(p.parent for p in root.rglob(quant_vectors.MANIFEST))
+    vectors = [v for folder in folders for v in quant_vectors.read_vectors(folder)]
+    return [
+        pytest.param(v, isa, id=f"{v.name}-{isa}")
+        for v in vectors
+        for isa in _cpu.available_isas().split()
+    ]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"vector", "isa"} <= set(metafunc.fixturenames):
+        root = Path(metafunc.config.getoption("vectors"))
+        metafunc.parametrize(("vector", "isa"), _coded_items(root))
     if {"case", "run"} <= set(metafunc.fixturenames):
         root = Path(metafunc.config.getoption("vectors"))
         items = _items(root) or [pytest.param(str(root), "", id="empty")]
@@ -85,6 +106,71 @@ def test_vector(case: Case | str, run: Runner | str) -> None:
             assert isinstance(run, BackendRunner), f"the oracle side does not show {key}"
             continue
         _check(key, got, want, case.tolerance)
+
+
+def test_coded_vector(vector: Vector, isa: str) -> None:
+    before = _cpu.isa()
+    assert _cpu.set_isa(isa)
+    try:
+        quant_vectors.check(vector)
+    finally:
+        _cpu.set_isa(before)
+
+
+def _folder(path: Path, **entry: Any) -> Path:
+    """Write a folder of one coded vector, which `entry` changes."""
+    golden = Path(__file__).parent / "golden" / "quant"
+    vector = quant_vectors.read_vectors(golden)[0]
+    arrays = {**vector.arrays, **entry.pop("arrays", {})}
+    np.savez(path / "one.npz", **arrays)
+    np.savez(path / "inputs.npz", **{vector.entry["input"]: vector.input})
+    listed = {
+        "inputs_file": "inputs.npz",
+        "vectors": [{**vector.entry, "file": "one.npz", **entry}],
+    }
+    (path / quant_vectors.MANIFEST).write_text(json.dumps(listed))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"format": "novel"}, "unknown format"),
+        ({"arrays": {"novel": np.zeros(1, np.uint8)}}, "does not list"),
+        ({"arrays": {"absmax": np.zeros(48, np.float32)}}, "absmax"),
+    ],
+)
+def test_an_unknown_or_changed_coded_vector_fails(
+    entry: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (vector,) = quant_vectors.read_vectors(_folder(tmp_path, **entry))
+
+    with pytest.raises(AssertionError, match=words):
+        quant_vectors.check(vector)
+
+
+def test_an_array_that_nothing_checks_fails(tmp_path: Path) -> None:
+    extra = np.zeros(1, np.uint8)
+    golden = Path(__file__).parent / "golden" / "quant"
+    listed = quant_vectors.read_vectors(golden)[0].entry["arrays"]
+    digest = hashlib.sha256(extra.tobytes()).hexdigest()
+    listed = {**listed, "novel": ["uint8", [1], digest]}
+    folder = _folder(tmp_path, **{"arrays": {"novel": extra}})
+    manifest = json.loads((folder / quant_vectors.MANIFEST).read_text())
+    manifest["vectors"][0]["arrays"] = listed
+    (folder / quant_vectors.MANIFEST).write_text(json.dumps(manifest))
+
+    (vector,) = quant_vectors.read_vectors(folder)
+
+    with pytest.raises(AssertionError, match=r"unchecked arrays \['novel'\]"):
+        quant_vectors.check(vector)
+
+
+def test_a_file_beside_the_manifest_is_reported(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    (tmp_path / "novel.npz").write_bytes(b"")
+
+    assert [item.id for item in _items(tmp_path)] == ["novel"]
 
 
 def test_an_unknown_file_is_reported(tmp_path: Path) -> None:

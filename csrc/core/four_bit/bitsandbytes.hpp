@@ -2,7 +2,7 @@
 #pragma once
 #include "core/four_bit/dynamic_map.hpp"
 #include "core/four_bit/lookup.hpp"
-#include "core/four_bit/scalars.hpp"
+#include "core/four_bit/search.hpp"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -72,6 +72,16 @@ FM_HD inline int bnb_code(float s) {
     return book_code<Book>(s);
 }
 
+/// The value of bnb_code, without a table.
+template <class Book, bool CUDA_RULE>
+FM_HD inline float bnb_nearest(float s) {
+    if constexpr (CUDA_RULE && Book::is_fp4) return Book::value(fp4_code_by_magnitude(s));
+    float value = Book::ranked(0);
+    FM_UNROLL for (int k = 0; k < 15; ++k) value =
+        s > (Book::ranked(k) + Book::ranked(k + 1)) / 2 ? Book::ranked(k + 1) : value;
+    return value;
+}
+
 /// How a block is scaled before it is coded: times the reciprocal, but by division in a short last block of
 /// the CPU's rule, which also keeps the scale from being zero.
 struct BnbScale {
@@ -93,9 +103,23 @@ FM_HD inline void bnb_codes(const float* x, int n, BnbScale s, uint8_t* code) {
             code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] * s.reciprocal));
 }
 
+/// What is stored as a block's largest magnitude: that, or the best of 26 factors of it, 0.60 to 1.10.
+template <class Book, bool CUDA_RULE>
+FM_HD inline float bnb_peak(const Coded& c, const float* x, int n) {
+    const float peak = peak_of(x, n);
+    if (!c.search) return peak;
+    return peak * best_clip(30, 55, 1, 50, [&](float clip) {
+               const BnbScale s = bnb_scale(peak * clip, n < c.group, CUDA_RULE);
+               return squared_error(n, [&](int64_t j) {
+                   const float v = s.divide ? x[j] / s.divisor : x[j] * s.reciprocal;
+                   return bnb_nearest<Book, CUDA_RULE>(v) * (peak * clip) - x[j];
+               });
+           });
+}
+
 template <class Book, bool CUDA_RULE>
 FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
-    const float peak = peak_of(x, n);
+    const float peak = bnb_peak<Book, CUDA_RULE>(c, x, n);
     const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
     const float stored = s.divide ? s.divisor : peak;
     memcpy(c.scales + block * 4, &stored, sizeof stored);
@@ -134,18 +158,11 @@ FM_HD inline void decode_bnb_piece(const Coded& c, int64_t flat, int n, float* o
     for (int j = 0; j < trips<N>(n); ++j) out[j] *= scale;
 }
 
-/// Flat elements [flat, flat + m), a piece of a block at a time.
 template <class Book>
 FM_HD inline void decode_bnb(const Coded& c, int64_t flat, int m, float* out) {
-    while (m > 0) {
-        const int64_t left = c.group - flat % c.group;
-        const int n = int(left < PIECE ? left : PIECE) < m ? int(left < PIECE ? left : PIECE) : m;
-        if (n == PIECE && (flat - c.origin) % 2 == 0)
-            decode_bnb_piece<Book, PIECE>(c, flat, n, out);
-        else
-            decode_bnb_piece<Book, 0>(c, flat, n, out);
-        flat += n, m -= n, out += n;
-    }
+    visit_pieces(c.group, flat, m, out, [&](auto count, int64_t at, int n, float* to) {
+        decode_bnb_piece<Book, decltype(count)::value>(c, at, n, to);
+    });
 }
 
 }  // namespace FM_ISA

@@ -1,7 +1,10 @@
 // Codes to float32: elements of a coded tensor wherever they begin, over rows and blocks.
 #pragma once
 #include "core/four_bit/bitsandbytes.hpp"
+#include "core/four_bit/fp8.hpp"
 #include "core/four_bit/integers.hpp"
+#include "core/four_bit/kquants.hpp"
+#include "core/four_bit/words.hpp"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -11,6 +14,33 @@ FM_HD inline void decode_row(const Coded& c, int64_t row, int64_t col, int m, fl
     switch (c.format) {
         case Format::Int4:
             return decode_int4(c, row, col, m, out);
+        case Format::Nvfp4:
+            return c.group == 16 ? decode_micro<Nvfp4Group, 16>(c, row, col, m, out)
+                                 : decode_micro<Nvfp4Group, 0>(c, row, col, m, out);
+        case Format::Mxfp4:
+            return c.group == 32 ? decode_micro<Mxfp4Group, 32>(c, row, col, m, out)
+                                 : decode_micro<Mxfp4Group, 0>(c, row, col, m, out);
+        case Format::Gptq:
+        case Format::Awq:
+            return decode_words(c, row, col, m, out);
+        case Format::Q4_0:
+            return decode_blocks<BlockQ4_0>(c, row, col, m, out);
+        case Format::Q4_1:
+            return decode_blocks<BlockQ4_1>(c, row, col, m, out);
+        case Format::Q8_0:
+            return decode_blocks<BlockQ8_0>(c, row, col, m, out);
+        case Format::Q4_K:
+            return decode_blocks<BlockQ4_K>(c, row, col, m, out);
+        case Format::Q6_K:
+            return decode_blocks<BlockQ6_K>(c, row, col, m, out);
+        case Format::GgufMxfp4:
+            return decode_blocks<BlockMxfp4>(c, row, col, m, out);
+        case Format::GgufNvfp4:
+            return decode_blocks<BlockNvfp4>(c, row, col, m, out);
+        case Format::Fp8:
+            return decode_fp8(c, row, col, m, out);
+        case Format::Int8:
+            return decode_int8(c, row, col, m, out);
         default:
             return load_run(c.codes, c.type, row * c.cols + col, m, out);
     }

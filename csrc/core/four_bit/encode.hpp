@@ -1,7 +1,10 @@
 // Float32 to codes, a tile at a time: values that are already rounded to the coding's type.
 #pragma once
 #include "core/four_bit/bitsandbytes.hpp"
+#include "core/four_bit/fp8.hpp"
 #include "core/four_bit/integers.hpp"
+#include "core/four_bit/kquants.hpp"
+#include "core/four_bit/words.hpp"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -14,17 +17,36 @@ struct Tile {
 
 /// Whether the format can be written.
 FM_HD inline bool encodes(const Coded& c) {
-    return c.format == Format::Dense || c.format == Format::Int4 || c.format == Format::BnbNf4 ||
-           c.format == Format::BnbFp4;
+    return c.format != Format::Q6_K && c.format != Format::GgufNvfp4 && c.format != Format::Int8;
 }
 
 FM_HD inline Tile tile_of(const Coded& c) {
+    const int64_t of_eight = c.group % 8 == 0   ? c.group
+                             : c.group % 4 == 0 ? c.group * 2
+                                                : int64_t(c.group) * 8;
     switch (c.format) {
-        case Format::Int4:
-            return {c.symmetric ? 1 : 8, c.group % 8 == 0 ? c.group : 0};
         case Format::BnbNf4:
         case Format::BnbFp4:
+        case Format::Nvfp4:
+        case Format::Mxfp4:
             return {1, c.group};
+        case Format::Int4:
+            return {c.symmetric ? 1 : 8, of_eight};
+        case Format::Gptq:
+        case Format::Awq:
+            return {8, of_eight};
+        case Format::Q4_0:
+        case Format::Q4_1:
+        case Format::Q8_0:
+        case Format::GgufMxfp4:
+            return {1, 32};
+        case Format::GgufNvfp4:
+            return {1, 64};
+        case Format::Q4_K:
+        case Format::Q6_K:
+            return {1, 256};
+        case Format::Fp8:
+            return c.group_rows ? Tile{c.group_rows, c.group} : Tile{1, 1};
         default:
             return {1, 1};
     }
@@ -47,14 +69,35 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
     switch (c.format) {
         case Format::Dense:
             return encode_dense(c, row, rows, col, cols, x, stride);
-        case Format::Int4:
-            return encode_int4(c, row, rows, col, cols, x, stride);
         case Format::BnbNf4:
             return c.other_rule ? encode_bnb<Nf4, true>(c, col, cols, x)
                                 : encode_bnb<Nf4, false>(c, col, cols, x);
         case Format::BnbFp4:
             return c.other_rule ? encode_bnb<Fp4, true>(c, col, cols, x)
                                 : encode_bnb<Fp4, false>(c, col, cols, x);
+        case Format::Int4:
+            return encode_int4(c, row, rows, col, cols, x, stride);
+        case Format::Nvfp4:
+            return c.group == 16 ? encode_micro<Nvfp4Group, 16>(c, row, rows, col, cols, x, stride)
+                                 : encode_micro<Nvfp4Group, 0>(c, row, rows, col, cols, x, stride);
+        case Format::Mxfp4:
+            return c.group == 32 ? encode_micro<Mxfp4Group, 32>(c, row, rows, col, cols, x, stride)
+                                 : encode_micro<Mxfp4Group, 0>(c, row, rows, col, cols, x, stride);
+        case Format::Gptq:
+        case Format::Awq:
+            return encode_word_rows(c, row, rows, col, cols, x, stride);
+        case Format::Q4_0:
+            return encode_blocks<BlockQ4_0>(c, row, rows, col, cols, x, stride);
+        case Format::Q4_1:
+            return encode_blocks<BlockQ4_1>(c, row, rows, col, cols, x, stride);
+        case Format::Q8_0:
+            return encode_blocks<BlockQ8_0>(c, row, rows, col, cols, x, stride);
+        case Format::Q4_K:
+            return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
+        case Format::GgufMxfp4:
+            return encode_blocks<BlockMxfp4>(c, row, rows, col, cols, x, stride);
+        case Format::Fp8:
+            return encode_fp8(c, row, rows, col, cols, x, stride);
         default:
             return;
     }
@@ -62,11 +105,7 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
 
 /// The scale of a whole tensor whose largest magnitude is `peak`.
 FM_HD inline float tensor_scale_of(const Coded& c, float peak) {
-    if (c.format == Format::Nvfp4) {
-        const float g = rounded_to(c.type, rounded_to(c.type, 1.f / peak) * 2688.f);
-        return magnitude_bits(g) < 0x7f800000 ? g : 1.f;
-    }
-    return peak > 0 ? peak / 448.f : 1.f;
+    return c.format == Format::Nvfp4 ? nvfp4_divisor(c.type, peak) : fp8_scale_of(peak);
 }
 
 }  // namespace FM_ISA

@@ -1,6 +1,6 @@
 // Integer codes with a scale per group and, asymmetric, a zero point: compressed-tensors pack-quantized.
 #pragma once
-#include "core/four_bit/scalars.hpp"
+#include "core/four_bit/search.hpp"
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -29,25 +29,41 @@ FM_HD inline Affine int4_affine(float low, float high, bool symmetric) {
     return {scale == 0 ? epsilon_of<T>() : scale, zero};
 }
 
-/// Codes 0..15 of n values. A symmetric group adds no zero: the sum could round.
-template <DType T, int N>
-FM_HD inline void int4_codes(const float* x, int n, Affine a, uint8_t* code) {
-    for (int j = 0; j < trips<N>(n); ++j) {
-        const float v = rounded_to<T>(rounded_to<T>(x[j] / a.scale) + a.zero);
-        code[j] = uint8_t(nearest_int(clamped(v, -8.f, 7.f)) + 8);
+/// Code -8..7 of a value. A zero of 0 changes nothing that was rounded before.
+template <DType T>
+FM_HD inline int int4_code(float x, Affine a) {
+    const float v = rounded_to<T>(rounded_to<T>(x / a.scale) + a.zero);
+    return nearest_int(clamped(v, -8.f, 7.f));
+}
+
+/// Scale and zero of n values, by their range or by the best of 13 parts of it.
+template <DType T, DType CODES>
+FM_HD inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) {
+    Range r = {0, peak_of(x, n)};
+    if (!c.symmetric) {
+        r = range_of(x, n);
+        r = {r.low < 0 ? r.low : 0.f, r.high > 0 ? r.high : 0.f};
     }
+    const auto affine = [&](float clip) {
+        return int4_affine<T>(rounded_to<T>(r.low * clip), rounded_to<T>(r.high * clip), c.symmetric);
+    };
+    if (!c.search) return affine(1.f);
+    return affine(best_integer_clip([&](float clip) {
+        const Affine a = affine(clip);
+        return squared_error(n, [&](int64_t j) {
+            return rounded_to<T>((float(int4_code<CODES>(x[j], a)) - a.zero) * a.scale) - x[j];
+        });
+    }));
+}
+
+template <DType CODES, int N>
+FM_HD inline void int4_codes(const float* x, int n, Affine a, uint8_t* code) {
+    for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(int4_code<CODES>(x[j], a) + 8);
 }
 
 template <DType T, DType CODES>
 FM_HD inline Affine encode_int4_group(const Coded& c, const float* x, int64_t n, uint8_t* bytes) {
-    Affine a;
-    if (c.symmetric) {
-        const float peak = peak_of(x, n);
-        a = int4_affine<T>(-peak, peak, true);
-    } else {
-        const Range r = range_of(x, n);
-        a = int4_affine<T>(r.low < 0 ? r.low : 0.f, r.high > 0 ? r.high : 0.f, false);
-    }
+    const Affine a = int4_affine_of<T, CODES>(c, x, n);
     uint8_t code[PIECE];
     for (; n >= PIECE; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
         int4_codes<CODES, PIECE>(x, PIECE, a, code);
@@ -121,15 +137,9 @@ FM_HD inline void decode_int4_piece(const Coded& c, int64_t row, int64_t col, in
 
 /// Columns [col, col + m) of a stored row.
 FM_HD inline void decode_int4(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    while (m > 0) {
-        const int64_t left = group_size(c) - col % group_size(c);
-        const int most = int(left < PIECE ? left : PIECE), n = most < m ? most : m;
-        if (n == PIECE && col % 2 == 0)
-            decode_int4_piece<PIECE>(c, row, col, n, out);
-        else
-            decode_int4_piece<0>(c, row, col, n, out);
-        col += n, m -= n, out += n;
-    }
+    visit_pieces(group_size(c), col, m, out, [&](auto count, int64_t at, int n, float* to) {
+        decode_int4_piece<decltype(count)::value>(c, row, at, n, to);
+    });
 }
 
 }  // namespace FM_ISA

@@ -27,9 +27,10 @@ FM_HD inline float rounded_to(DType t, float x) {
     return t == DType::F16 ? rounded_to<DType::F16>(x) : t == DType::BF16 ? rounded_to<DType::BF16>(x) : x;
 }
 
+/// NaN becomes `low`.
 FM_HD inline float clamped(float x, float low, float high) {
-    const float y = x < low ? low : x;
-    return y > high ? high : y;
+    const float y = x > low ? x : low;
+    return y < high ? y : high;
 }
 
 /// The nearest integer, halves to even. |x| < 2^22: the sum has no bits below one.
@@ -212,6 +213,26 @@ FM_HD inline int64_t group_size(const Coded& c) {
 
 FM_HD inline int64_t groups_of_row(const Coded& c) {
     return (c.cols + group_size(c) - 1) / group_size(c);
+}
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+/// body(Count, at, n, out) for pieces of [at, at + m) within one group each. The count is constant for a
+/// whole piece that begins on a byte of nibbles.
+template <class Body>
+FM_HD inline void visit_pieces(int64_t group, int64_t at, int m, float* out, Body body) {
+    while (m > 0) {
+        const int64_t left = group - at % group;
+        const int most = int(left < PIECE ? left : PIECE), n = most < m ? most : m;
+        if (n == PIECE && at % 2 == 0)
+            body(Count<PIECE>(), at, n, out);
+        else
+            body(Count<0>(), at, n, out);
+        at += n, m -= n, out += n;
+    }
 }
 
 }  // namespace FM_ISA

@@ -1,0 +1,194 @@
+// GGUF's small block types: a row is a run of blocks, each with its scales before its codes.
+#pragma once
+#include "core/four_bit/microscaling.hpp"
+
+namespace fastmerge {
+namespace FM_ISA {
+
+/// Byte j holds code j in its low nibble and code j + 16 in its high one.
+FM_HD inline void pack_halves(const uint8_t* code, uint8_t* bytes) {
+    for (int j = 0; j < 16; ++j) bytes[j] = uint8_t(code[j] | code[j + 16] << 4);
+}
+
+FM_HD inline void unpack_halves(const uint8_t* bytes, uint8_t* code) {
+    for (int j = 0; j < 16; ++j) code[j] = bytes[j] & 15, code[j + 16] = bytes[j] >> 4;
+}
+
+FM_HD inline float reciprocal_or_zero(float d) {
+    return d != 0 ? 1.f / d : 0.f;
+}
+
+/// The element of the largest magnitude, the first of equals, of 32.
+FM_HD inline float signed_peak(const float* x) {
+    const int32_t peak = magnitude_bits(peak_of(x, 32));
+    int first = 32;
+    for (int j = 0; j < 32; ++j) {
+        const int at = magnitude_bits(x[j]) == peak ? j : 32;
+        first = at < first ? at : first;
+    }
+    return x[first];
+}
+
+struct BlockQ4_0 {
+    static constexpr int elements = 32, bytes = 18;
+
+    FM_HD static int code(float v) { return int(clamped(v + 8.5f, 0.f, 15.f)); }
+    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+        const float peak = signed_peak(x);
+        float d = peak / -8.f;
+        if (c.search) {
+            const auto error = [&](float clip) {
+                const float candidate = peak * clip / -8.f, r = reciprocal_or_zero(candidate);
+                const float stored = rounded_to<DType::F16>(candidate);
+                return squared_error(32,
+                                     [&](int64_t j) { return stored * float(code(x[j] * r) - 8) - x[j]; });
+            };
+            d = peak * best_integer_clip(error) / -8.f;
+        }
+        const float r = reciprocal_or_zero(d);
+        uint8_t codes[32];
+        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(code(x[j] * r));
+        store_half_word(p, float_to_half(d));
+        pack_halves(codes, p + 2);
+    }
+    FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
+        const float d = half_to_float(load_half_word(p));
+        uint8_t codes[32];
+        unpack_halves(p + 2, codes);
+        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j] - 8);
+    }
+};
+
+struct BlockQ4_1 {
+    static constexpr int elements = 32, bytes = 20;
+
+    FM_HD static int code(float v) { return int(clamped(v + 0.5f, 0.f, 15.f)); }
+    /// The least element; of zeros with both signs the first, as a sequential search finds it.
+    FM_HD static Range range(const float* x) {
+        Range r = range_of(x, 32);
+        for (int j = 31; j >= 0 && r.low == 0; --j) r.low = x[j] == 0 ? x[j] : r.low;
+        return r;
+    }
+    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+        const Range all = range(x);
+        float low = all.low, d = (all.high - all.low) / 15.f;
+        if (c.search) {  // the range shrinks towards its middle
+            const float whole = d;
+            const auto low_of = [&](float clip) {
+                return clip < 1.f ? all.low + whole * (1.f - clip) * 7.5f : all.low;
+            };
+            const auto error = [&](float clip) {
+                const float m = low_of(clip), step = whole * clip, r = reciprocal_or_zero(step);
+                const float stored = rounded_to<DType::F16>(step), base = rounded_to<DType::F16>(m);
+                return squared_error(
+                    32, [&](int64_t j) { return stored * float(code((x[j] - m) * r)) + base - x[j]; });
+            };
+            const float clip = best_integer_clip(error);
+            low = low_of(clip), d = whole * clip;
+        }
+        const float r = reciprocal_or_zero(d);
+        uint8_t codes[32];
+        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(code((x[j] - low) * r));
+        store_half_word(p, float_to_half(d));
+        store_half_word(p + 2, float_to_half(low));
+        pack_halves(codes, p + 4);
+    }
+    FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
+        const float d = half_to_float(load_half_word(p)), low = half_to_float(load_half_word(p + 2));
+        uint8_t codes[32];
+        unpack_halves(p + 4, codes);
+        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j]) + low;
+    }
+};
+
+struct BlockQ8_0 {
+    static constexpr int elements = 32, bytes = 34;
+
+    /// Halves away from zero. x - r is exact.
+    FM_HD static int rounded(float x) {
+        const int r = nearest_int(x);
+        const float rest = x - float(r);
+        return r + ((rest == 0.5f) & (x > 0)) - ((rest == -0.5f) & (x < 0));
+    }
+    FM_HD static void encode(const Coded&, const float* x, uint8_t* p) {
+        const float d = peak_of(x, 32) / 127.f, r = reciprocal_or_zero(d);
+        store_half_word(p, float_to_half(d));
+        for (int j = 0; j < 32; ++j) p[2 + j] = uint8_t(rounded(clamped(x[j] * r, -127.f, 127.f)));
+    }
+    FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
+        const float d = half_to_float(load_half_word(p));
+        for (int j = 0; j < 32; ++j) out[j] = d * float(int8_t(p[2 + j]));
+    }
+};
+
+struct BlockMxfp4 {
+    static constexpr int elements = 32, bytes = 17;
+
+    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+        const int e = mx_exponent_of<true>(x, 32, true, c.search);
+        const float reciprocal = mx_reciprocal(e);
+        uint8_t codes[32];
+        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(e2m1_code<true>(x[j] * reciprocal));
+        *p = uint8_t(e);
+        pack_halves(codes, p + 1);
+    }
+    FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
+        const float d = e8m0_to_float(*p);
+        uint8_t codes[32];
+        unpack_halves(p + 1, codes);
+        look_up<32, E2m1>(codes, 32, out);
+        for (int j = 0; j < 32; ++j) out[j] *= d;
+    }
+};
+
+/// Four scales without sign, then 16 codes of each in 8 bytes, the second half in the high nibbles.
+struct BlockNvfp4 {
+    static constexpr int elements = 64, bytes = 36;
+
+    FM_HD static void decode(const Coded& c, const uint8_t* p, float* out) {
+        uint8_t codes[64];
+        for (int g = 0; g < 4; ++g)
+            for (int j = 0; j < 8; ++j) {
+                codes[16 * g + j] = p[4 + 8 * g + j] & 15;
+                codes[16 * g + j + 8] = p[4 + 8 * g + j] >> 4;
+            }
+        look_up<64, E2m1>(codes, 64, out);
+        for (int g = 0; g < 4; ++g) {
+            const float d = (p[g] & 0x7f) == 0x7f ? 0.f : e4m3_to_float(p[g] & 0x7f);
+            for (int j = 0; j < 16; ++j) out[16 * g + j] = out[16 * g + j] * d * c.tensor_scale;
+        }
+    }
+};
+
+/// Code rows of whole blocks.
+template <class Block>
+FM_HD inline void encode_blocks(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                const float* x, int64_t stride) {
+    const int64_t blocks = c.cols / Block::elements;
+    for (int r = 0; r < rows; ++r) {
+        uint8_t* p = c.codes + (stored_row(c, row + r) * blocks + col / Block::elements) * Block::bytes;
+        for (int64_t j = 0; j < cols; j += Block::elements, p += Block::bytes)
+            Block::encode(c, x + r * stride + j, p);
+    }
+}
+
+/// Columns [col, col + m) of a stored row.
+template <class Block>
+FM_HD inline void decode_blocks(const Coded& c, int64_t row, int64_t col, int m, float* out) {
+    constexpr int size = Block::elements;
+    const uint8_t* p = c.codes + (row * (c.cols / size) + col / size) * Block::bytes;
+    for (int skip = int(col % size); m > 0; skip = 0, p += Block::bytes) {
+        const int n = size - skip < m ? size - skip : m;
+        if (n == size) {
+            Block::decode(c, p, out);
+        } else {
+            float whole[size];
+            Block::decode(c, p, whole);
+            for (int j = 0; j < n; ++j) out[j] = whole[skip + j];
+        }
+        m -= n, out += n;
+    }
+}
+
+}  // namespace FM_ISA
+}  // namespace fastmerge
