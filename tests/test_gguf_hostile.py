@@ -62,7 +62,9 @@ for n in (0, 1, 4, 23):
 damage("no magic", "is not a GGUF file: it begins with b'PK", magic=b"PK\3\4")
 damage("safetensors", "is not a GGUF file", magic=b"\x80\0\0\0")
 damage("older format", "older than GGUF", magic=b"tjgg")
-raw_damage("git-lfs pointer", "git-lfs pointer", lambda raw: b"version https://git-lfs.github.com/spec")
+raw_damage(
+    "git-lfs pointer", "git-lfs pointer", lambda raw: b"version https://git-lfs.github.com/spec"
+)
 damage("version 0", "is GGUF version 0; 2 and 3 are known", version=0)
 damage("version 1", "is GGUF version 1, which nothing reads", version=1)
 damage("version 4", "is GGUF version 4; 2 and 3", version=4)
@@ -74,7 +76,9 @@ for n in (1000, 2**31, 2**40, 2**63, 2**64 - 1):
 # keys
 damage("empty key", "is b'', not a name", values=values(key("", U32, bytes(4))))
 damage("key twice", "has key 'toy.scale' twice", values=values(key("toy.scale", F32, bytes(4))))
-damage("key with a line break", r"is b'a\nb', not a name", values=values(key("a\nb", U32, bytes(4))))
+damage(
+    "key with a line break", r"is b'a\nb', not a name", values=values(key("a\nb", U32, bytes(4)))
+)
 damage("key not UTF-8", r"is b'\xff', not a name", values=values(key(b"\xff", U32, bytes(4))))
 damage("key of a surrogate", "not a name", values=values(key(b"\xed\xa0\x80", U32, bytes(4))))
 damage("long key", "claims 65536 bytes; 65535", values=values(key("k" * 65536, U32, bytes(4))))
@@ -151,7 +155,9 @@ damage(
 )
 for kind in (4, 5, 31, 36, 42, 2**31, 2**32 - 1):
     damage(
-        f"type {kind}", f"tensor 'c' has unknown type {kind}", entries=entries(entry("c", [1], kind, 0))
+        f"type {kind}",
+        f"tensor 'c' has unknown type {kind}",
+        entries=entries(entry("c", [1], kind, 0)),
     )
 for dims in ([2**63], [2**64 - 1], [2**32, 2**32], [0, 2**63], [2**62, 1], [2**21] * 3):
     damage(
@@ -217,7 +223,12 @@ def test_good_file_opens(tmp_path: Path) -> None:
     data = path.stat().st_size - 64
     a, b = found.tensors["a"], found.tensors["b"]
     assert (a.shape, a.offset, a.n_bytes) == ((2, 3), data, 24)
-    assert (b.shape, b.offset, b.n_bytes, BLOCK_TYPES[b.type].name) == ((32,), data + 32, 18, "Q4_0")
+    assert (b.shape, b.offset, b.n_bytes, BLOCK_TYPES[b.type].name) == (
+        (32,),
+        data + 32,
+        18,
+        "Q4_0",
+    )
     assert path.read_bytes()[a.offset : a.offset + 24] == bytes(range(24))
     assert found.path == path and found.alignment == 32
     found.identity.check_unchanged()
@@ -256,7 +267,9 @@ def test_limits_on_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "model.gguf"
     path.write_bytes(good().build())
     monkeypatch.setattr(container, "ELEMENT_LIMIT", 4)
-    with pytest.raises(CheckpointError, match=r"'toy\.numbers' makes it 5 elements of arrays; 4 is"):
+    with pytest.raises(
+        CheckpointError, match=r"'toy\.numbers' makes it 5 elements of arrays; 4 is"
+    ):
         read_gguf(path)
     monkeypatch.setattr(container, "ELEMENT_LIMIT", 5)
     monkeypatch.setattr(container, "HEADER_LIMIT", 100)

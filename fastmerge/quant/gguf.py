@@ -17,7 +17,7 @@ from fastmerge.checkpoint.wording import place, reason, shown
 from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
-from fastmerge.quant.gguf_config import config_of, heads_of
+from fastmerge.quant.gguf_config import LARGEST_HEAD, config_of, heads_of
 from fastmerge.quant.gguf_names import (
     ARCHITECTURES,
     AUXILIARY,
@@ -33,8 +33,8 @@ from fastmerge.quant.gguf_names import (
 #: What a dense copy of blocks is: they do not say, and nearly all models were trained in it.
 CODED_DTYPE = DType.BF16
 
-#: Bytes of the largest tensor that is read on opening: rotary factors of heads of 8192.
-_SMALL = 16384
+#: Bytes of the largest tensor that is read on opening: rotary factors, of a pair each.
+_SMALL = LARGEST_HEAD // 2 * 4
 
 
 def find_gguf(path: Path | str) -> Path:

@@ -41,6 +41,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LARGEST_HEAD = 8192  # far above any, far below what would take long
 ROPE_THETA = 10000.0
 EPSILON = 1e-6
 
@@ -221,7 +222,7 @@ def config_errors() -> Iterator[None]:
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"config.json has a value that a GGUF file cannot take: {error}"
+            f"config.json has a value that a GGUF file cannot take: {shown(str(error))}"
         ) from None
 
 
@@ -250,7 +251,7 @@ def architecture_metadata(
     """
     name, warnings = architecture.name, list[str]()
     metadata = {"general.architecture": text(name)}
-    try:
+    with config_errors():
         for target, key in _WHOLE.items():
             metadata[f"{name}.{target}"] = u32(int(config[key]))
         kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -263,26 +264,24 @@ def architecture_metadata(
         metadata[f"{name}.rope.dimension_count"] = u32(head_dim)
         metadata[f"{name}.rope.freq_base"] = f32(theta)
         metadata[f"{name}.vocab_size"] = u32(int(config["vocab_size"]))
-    except KeyError as error:
-        raise CheckpointError(
-            f"config.json has no {error.args[0]}, which a GGUF file needs"
-        ) from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json holds a number that is none ({error})") from None
-    kind = rope.get("rope_type")
-    if kind in ("linear", "yarn"):
-        scaling = f"{name}.rope.scaling"
-        metadata[f"{scaling}.type"] = text(kind)
-        for key, target in _SCALING.items():
-            if isinstance(rope.get(key), (int, float)):
-                whole = key in _WHOLE_SCALING
-                metadata[f"{scaling}.{target}"] = u32(int(rope[key])) if whole else f32(rope[key])
-    elif kind not in (None, "llama3"):
-        warnings.append(
-            f"config.json scales rotary embeddings by {shown(kind)}, which a GGUF file cannot say: long "
-            "contexts will be worse"
-        )
+        kind = rope.get("rope_type")
+        if kind in ("linear", "yarn"):
+            metadata |= _scaling_metadata(f"{name}.rope.scaling", rope)
+        elif kind not in (None, "llama3"):
+            warnings.append(
+                f"config.json scales rotary embeddings by {shown(kind)}, which a GGUF file cannot say: long "
+                "contexts will be worse"
+            )
     return metadata, warnings
+
+
+def _scaling_metadata(prefix: str, rope: Mapping[str, Any]) -> dict[str, GgufValue]:
+    metadata = {f"{prefix}.type": text(rope["rope_type"])}
+    for key, target in _SCALING.items():
+        if rope.get(key) is not None:
+            whole = key in _WHOLE_SCALING
+            metadata[f"{prefix}.{target}"] = u32(int(rope[key])) if whole else f32(float(rope[key]))
+    return metadata
 
 
 def rope_factors_of(config: Mapping[str, Any]) -> bytes | None:
@@ -291,5 +290,8 @@ def rope_factors_of(config: Mapping[str, Any]) -> bytes | None:
         theta, rope = rope_of(config)
         if rope.get("rope_type") != "llama3":
             return None
-        factors = llama3_factors(rope, theta, head_dim_of(config))
+        head_dim = head_dim_of(config)
+        if head_dim > LARGEST_HEAD:
+            raise ValueError(f"heads of {head_dim}")
+        factors = llama3_factors(rope, theta, head_dim)
     return struct.pack(f"<{len(factors)}f", *factors)
