@@ -100,3 +100,33 @@ def write_by_package(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def llama_values(**more: Any) -> dict[str, tuple[str, Any]]:
+    return {
+        "llama.block_count": ("uint32", 1),
+        "llama.context_length": ("uint32", 64),
+        "llama.embedding_length": ("uint32", 32),
+        "llama.feed_forward_length": ("uint32", 64),
+        "llama.attention.head_count": ("uint32", 4),
+        "llama.attention.head_count_kv": ("uint32", 2),
+        "llama.attention.layer_norm_rms_epsilon": ("float32", 1e-6),
+        **more,
+    }
+
+
+def llama_tensors(**more: Any) -> dict[str, Any]:
+    """One layer's q of Q8_0 and k of float32, embeddings and a norm."""
+    rng = np.random.default_rng(0)
+    return {
+        "token_embd.weight": rng.standard_normal((50, 32)).astype(np.float16),
+        "output_norm.weight": np.ones(32, np.float32),
+        "blk.0.attn_q.weight": (rng.integers(0, 256, (32, 34), np.uint8), 8),
+        "blk.0.attn_k.weight": rng.standard_normal((16, 32)).astype(np.float32),
+        **{name.replace("__", "."): value for name, value in more.items()},
+    }
+
+
+def make(path: Path, values: Any = None, tensors: Any = None, architecture: str = "llama") -> Path:
+    write_by_package(path, architecture, values or llama_values(), tensors or llama_tensors())
+    return path

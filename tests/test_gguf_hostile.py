@@ -183,6 +183,7 @@ for offset in (64, 96, 2**40, 2**64 - 32):
         entries=entries(entry("c", [1], TYPE_F32, offset)),
     )
 damage("same place", "'c' overlaps 'a'", entries=entries(entry("c", [6], TYPE_F32, 0)))
+damage("into the next", "'b' overlaps 'a'", entries=[entry("a", [9], 0, 0), good().entries[1]])
 damage("inside another", "overlaps", entries=entries(entry("c", [16], TYPE_F32, 0)))
 damage(
     "empty inside another",

@@ -28,7 +28,7 @@ from gguf_models import (  # noqa: E402
     write_file,
 )
 
-from fastmerge.checkpoint.gguf import GgufFile, ValueType, read_gguf  # noqa: E402
+from fastmerge.checkpoint.gguf import GgufFile, GgufValue, ValueType, read_gguf  # noqa: E402
 from fastmerge.coding import Format  # noqa: E402
 from fastmerge.dtypes import DType  # noqa: E402
 from fastmerge.errors import CheckpointError  # noqa: E402
@@ -117,10 +117,16 @@ def test_tokenizer_of_pieces(tmp_path: Path) -> None:
     assert [scores[token] for token in merged] == sorted((scores[t] for t in merged), reverse=True)
     found = as_file(tmp_path / "model.gguf", metadata)
     back = as_folder(found, tmp_path / "back")
+    assert back.get_vocab() == original.get_vocab() | {"[PAD319]": 319}
     for text in TEXTS:
         wanted = original.encode(text)
         assert back.encode(text, add_special_tokens=False) == wanted
+        assert back.decode(wanted) == original.decode(wanted)
         assert back.encode(text) == [1, *wanted]  # llama.cpp's default where nothing says otherwise
+    bare = metadata | {"tokenizer.ggml.add_space_prefix": GgufValue(ValueType.BOOL, False)}
+    back = as_folder(as_file(tmp_path / "bare.gguf", bare), tmp_path / "bare")
+    assert back.encode(" x y", add_special_tokens=False) == original.encode("x y")
+    assert back.decode(original.encode("x y")) == " x y"
 
 
 def test_tokenizer_model_wins(tmp_path: Path) -> None:

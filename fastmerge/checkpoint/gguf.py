@@ -481,6 +481,6 @@ def _encoded(value: GgufValue, what: str) -> bytes:
         if value.of is ValueType.STRING:
             return head + b"".join(map(_text, value.value))
         return head + struct.pack(f"<{len(value.value)}{_CODES[value.of]}", *value.value)
-    except (struct.error, OverflowError):
+    except (struct.error, OverflowError, UnicodeEncodeError):
         kind = value.type.name if value.of is None else f"array of {value.of.name}"
         raise CheckpointError(f"{what} is {shown(value.value)}, which no {kind} holds") from None

@@ -256,7 +256,7 @@ def tokenizer_files(gguf: GgufFile) -> tuple[dict[str, bytes], list[str]]:
     try:
         backend, _ = convert(gguf.get("general.architecture"), _tokenizer_dict(gguf))
         content = json.loads(backend.to_str())
-        _mend_splits(content, gguf, warnings)
+        _mend(content, gguf, warnings)
         config = _tokenizer_config(gguf)
         content["post_processor"] = _post_processor(gguf, config)
     except _MALFORMED as error:
@@ -297,9 +297,12 @@ def _tokenizer_dict(gguf: GgufFile) -> dict[str, Any]:
     return {name: gguf.get(key) for name, key in keys.items() if key in gguf.metadata}
 
 
-def _mend_splits(content: dict[str, Any], gguf: GgufFile, warnings: list[str]) -> None:
-    """Give tokenizer.json the splits of the file's own name for them: the converter knows fewer."""
-    if gguf.get("tokenizer.ggml.model") != "gpt2":
+def _mend(content: dict[str, Any], gguf: GgufFile, warnings: list[str]) -> None:
+    """Let tokenizer.json split text as the file says runtimes do: the converter knows fewer ways."""
+    model = gguf.get("tokenizer.ggml.model")
+    if model == "llama":
+        content |= _pieces(gguf.get("tokenizer.ggml.add_space_prefix", True) is True)
+    if model != "gpt2":
         return
     pre = gguf.get("tokenizer.ggml.pre", "default")
     known = pre_tokenizer_of(pre)
@@ -311,6 +314,24 @@ def _mend_splits(content: dict[str, Any], gguf: GgufFile, warnings: list[str]) -
         return
     content["pre_tokenizer"] = known
     content["model"]["ignore_merges"] = pre in WHOLE_WORDS
+
+
+def _pieces(prefix: bool) -> dict[str, Any]:
+    """Return the parts of tokenizer.json that spell spaces as pieces do. prefix: text gets one in front."""
+    replace: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    spell = [{"type": "Prepend", "prepend": _SPACE}, replace] if prefix else [replace]
+    undo: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": spell},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": undo},
+    }
 
 
 def _tokenizer_config(gguf: GgufFile) -> dict[str, Any]:
