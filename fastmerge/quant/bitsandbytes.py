@@ -60,7 +60,7 @@ def quant_map(kind: str) -> npt.NDArray[np.float32]:
     if kind == "nf4":
         return np.array(_NF4, np.float32)
     values = np.array(_FP4, np.float32) / np.float32(12)
-    return np.concatenate([values, -values])
+    return np.concatenate([values, 0 - values])  # both zeros are +0
 
 
 @cache

@@ -62,7 +62,10 @@ class _Groups:
             inner = config.get(key) or {}
             if inner and not (isinstance(inner, dict) and inner.get("format") == "dense"):
                 self.fail(key, inner)
-        self.schemes = [self._scheme(k, g, config.get("format")) for k, g in groups.items()]
+        overall = config.get("format")
+        if overall is not None and overall != "mixed-precision" and _kind(overall) is None:
+            self.fail("format", overall)
+        self.schemes = [self._scheme(k, g, overall) for k, g in groups.items()]
 
     def fail(self, key: str, value: Any) -> NoReturn:
         raise CheckpointError(f"{self.where} has {key} {shown(value)}, not supported; {_REMEDY}")
@@ -76,11 +79,11 @@ class _Groups:
         if not isinstance(weights, dict):
             self.fail(f"{key}.weights", weights)
         name = group.get("format") or overall
-        if name == "mixed-precision":
+        if name is None or name == "mixed-precision":
             name = _implied(weights)
-        if name not in _READ:
-            self.fail(f"{key}.format" if group.get("format") else "format", name)
-        kind = _READ[name]
+        kind = _kind(name)
+        if kind is None:
+            self.fail(f"{key}.format", name)
         group_size, group_rows = self._blocks(f"{key}.weights", weights, kind)
         symmetric = weights.get("symmetric", True) is not False
         if not symmetric and kind != "int4":
@@ -128,13 +131,17 @@ class _Groups:
         module.fail(word, "is of a module that no config group targets", "mend config.json")
 
 
-def _implied(weights: Mapping[str, Any]) -> str | None:
-    """Return the format of a group that does not say it in a model of several."""
-    kind = (weights.get("type"), weights.get("num_bits"))
-    if kind == ("float", 4):
-        sizes = {16: "nvfp4-pack-quantized", 32: "mxfp4-pack-quantized"}
-        return sizes.get(weights.get("group_size"))  # type: ignore[arg-type]
-    return {("int", 4): "pack-quantized", ("float", 8): "float-quantized"}.get(kind)  # type: ignore[arg-type]
+def _kind(name: Any) -> str | None:
+    return _READ.get(name) if isinstance(name, str) else None
+
+
+def _implied(weights: Mapping[str, Any]) -> str:
+    """Return the format of a group that does not say it; what does not fit it is refused later."""
+    if weights.get("type") == "int":
+        return "pack-quantized"
+    if weights.get("num_bits") == 8:
+        return "float-quantized"
+    return "mxfp4-pack-quantized" if weights.get("group_size") == 32 else "nvfp4-pack-quantized"
 
 
 def _names(target: str, module: str) -> bool:
@@ -164,7 +171,16 @@ def read(stored: Stored, config: Mapping[str, Any]) -> Iterator[Found]:
         scheme = groups.of(module)
         if "weight_g_idx" in module.tensors:
             module.fail("weight_g_idx", "orders columns by activation, not supported", _REMEDY)
+        if scheme.symmetric and "weight_zero_point" in module.tensors:
+            _check_zero(module, module.tensors["weight_zero_point"])
         yield {"int4": _read_int4, "fp8": _read_fp8}.get(scheme.kind, _read_fp4)(module, scheme)
+
+
+def _check_zero(module: Module, info: TensorInfo) -> None:
+    """Refuse zero points of a symmetric weight unless they are all 0, as old versions stored them."""
+    zero = b"\x88" if info.dtype is DType.I32 else b"\0"
+    if module.stored.read(info).strip(zero):
+        module.fail("weight_zero_point", "is not 0, but config.json says that weights are symmetric")
 
 
 def _read_int4(module: Module, scheme: Scheme) -> Found:
@@ -355,6 +371,7 @@ def _described(coding: Coding) -> dict[str, Any]:
         "type": "float",
         "symmetric": True,
         "strategy": "token",
+        "group_size": None,
         "dynamic": True,
     }
     return {

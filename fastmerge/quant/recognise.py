@@ -66,7 +66,7 @@ def recognise(checkpoint: Checkpoint) -> Checkpoint:
         _check_plain(checkpoint)
         return checkpoint
     method = config.get("quant_method") or _SIDE_FILES.get(source)
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         raise CheckpointError(
             f"{place(checkpoint.path / source)} has quant_method {shown(method)}; those that are read are "
             f"{', '.join(_READERS)}; convert the checkpoint to bfloat16 first"
@@ -113,6 +113,13 @@ def _replaced(checkpoint: Checkpoint, found: list[Found], method: str) -> Checkp
     """Return the checkpoint with coded tensors where their codes are, and without what is beside them."""
     coded = {f.info.parts["codes"].name: f.info for f in found}
     parts = {part.name for f in found for part in f.info.stored}
+    for f in found:
+        dense = checkpoint.tensors.get(f.info.name)
+        if dense is not None and f.info.name not in parts:
+            raise CheckpointError(
+                f"{place(dense.file)}: tensor {shown(f.info.name)} is there both as it is and in codes; "
+                "remove one of them"
+            )
     dropped = _beside(found, parts, method)
     tensors: dict[str, TensorInfo | CodedInfo] = {}
     for name, info in checkpoint.tensors.items():
@@ -127,11 +134,6 @@ def _replaced(checkpoint: Checkpoint, found: list[Found], method: str) -> Checkp
             raise CheckpointError(
                 f"{place(info.file)}: tensor {shown(name)} holds codes, {info.dtype.safetensors}, but no "
                 f"scale that {method} needs lies beside it; download the checkpoint again"
-            )
-        if info.name in tensors:
-            raise CheckpointError(
-                f"{place(info.file)}: tensor {shown(info.name)} is there both as it is and in codes; "
-                "remove one of them"
             )
         tensors[info.name] = info
     config = checkpoint.config
