@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,59 @@ def test_base_with_an_adapter(root: Path, tmp_path: Path) -> None:
     assert "base_model: ./base+./l2\n" in adapted(text)
     want = merged(root, text, tmp_path / "want")
     assert merged(root, adapted(text), tmp_path / "found") == want
+
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def write_nf4(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Write a model as bitsandbytes does, of blocks of 64 over rows of 33; return its values."""
+    generator = torch.Generator().manual_seed(seed)
+    stored, dense = {}, {}
+    table = torch.tensor(NF4)
+    for name, shape in SHAPES.items():
+        if len(shape) == 1:
+            stored[name] = dense[name] = torch.randn(shape, generator=generator)
+            continue
+        n = shape[0] * shape[1]
+        codes = torch.randint(256, (n // 2, 1), generator=generator).to(torch.uint8)
+        peaks = torch.rand(-(-n // 64), generator=generator) + 0.5
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(shape)}
+        stored |= {
+            name: codes,
+            f"{name}.absmax": peaks,
+            f"{name}.quant_map": table.clone(),
+            f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+                list(json.dumps(state).encode())
+            ).byte(),
+        }
+        nibbles = torch.cat([codes >> 4, codes & 15], 1).flatten().long()
+        dense[name] = (table[nibbles] * peaks.repeat_interleave(64)[:n]).reshape(shape)
+    four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    families.write_model(folder, stored, families.LLAMA | {"quantization_config": four})
+    return dense
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "della", "model_stock"])
+def test_adapters_of_a_base_of_4_bits(method: str, tmp_path: Path) -> None:
+    quantised, base = tmp_path / "four", tmp_path / "dense"
+    dense = write_nf4(quantised / "base", 1)
+    families.write_model(base / "base", dense)
+    for e in (1, 2, 3):
+        shapes = {m: SHAPES[f"{m}.weight"] for m in ADAPTED}
+        lora = {n: t for m, s in shapes.items() for n, t in factors(m, 2, s, seed=e).items()}
+        write_adapter(quantised / f"l{e}", lora, lora_alpha=0.2)
+        families.write_model(base / f"e{e}", summed(dense, lora, 0.1))
+    text = families.recipe(method, dtype="float32")
+    want = merged(base, text, tmp_path / "want")
+    assert merged(quantised, adapted(text), tmp_path / "found") == want
+    small = merged(quantised, adapted(text), tmp_path / "small", chunk_elements=33 * 64)
+    assert small == want
 
 
 def test_card_and_manifest_name_the_adapter(root: Path, tmp_path: Path) -> None:

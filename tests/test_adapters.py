@@ -223,6 +223,23 @@ def test_tied_head_comes_into_its_own(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("ties", [None, True, False])
+def test_head_stays_what_it_was_tied_to(ties: bool | None, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", without=("lm_head.weight",))
+    if ties is not None:
+        (base / "config.json").write_text(json.dumps({"tie_word_embeddings": ties}))
+    adapter = write_adapter(tmp_path / "lora", own("model.embed_tokens.weight", 6, 8))
+    plain, found = open_model(base).tensors, open_model(base, adapter).tensors
+    assert (values(found["model.embed_tokens.weight"]) == 0.5).all()
+    if ties is False:  # a model without a head
+        assert "lm_head.weight" not in found
+        return
+    assert found["lm_head.weight"].name == "lm_head.weight"
+    np.testing.assert_array_equal(
+        values(found["lm_head.weight"]), values(plain["model.embed_tokens.weight"])
+    )
+
+
 def test_names_without_the_prefix(base: Path, tmp_path: Path) -> None:
     tensors = {n.removeprefix(PREFIX): t for n, t in factors(Q).items()}
     found = open_model(base, write_adapter(tmp_path / "lora", tensors))

@@ -139,16 +139,27 @@ def test_sum_in_narrow_types(dtype: torch.dtype, tmp_path: Path) -> None:
         assert info.dtype.torch == "float32" or f"torch.{info.dtype.torch}" == str(dtype)
 
 
-def test_head_and_embedding_of_a_tied_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("modules", "tying", "apart"),
+    [
+        (["embed_tokens", "lm_head"], False, True),
+        (["embed_tokens"], False, True),
+        (["lm_head"], False, True),
+        (["embed_tokens"], True, False),
+    ],
+)
+def test_head_and_embedding_of_a_tied_model(
+    modules: list[str], tying: bool, apart: bool, tmp_path: Path
+) -> None:
     base = write_llama(tmp_path / "base", tie_word_embeddings=True)
     assert "lm_head.weight" not in open_checkpoint(base).tensors
-    modules = ["embed_tokens", "lm_head"]
-    train(base, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=modules)
+    kept = {"modules_to_save": modules, "ensure_weight_tying": tying}
+    train(base, tmp_path / "lora", target_modules=["q_proj"], **kept)
     want = merged(base, tmp_path / "lora")
     found = open_model(base, tmp_path / "lora").tensors
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         np.testing.assert_array_equal(values(found[name]), want[name].double().numpy())
-    assert not torch.equal(want["model.embed_tokens.weight"], want["lm_head.weight"])
+    assert torch.equal(want["model.embed_tokens.weight"], want["lm_head.weight"]) != apart
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -5,7 +5,7 @@ from fastmerge.checkpoint.checksum import digest, file_checksum, word_bytes
 from fastmerge.checkpoint.companions import companion_files, merged_config
 from fastmerge.checkpoint.durable import open_direct
 from fastmerge.checkpoint.files import FileIdentity, identity
-from fastmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from fastmerge.checkpoint.folder import EMBEDDINGS, HEAD, Checkpoint, open_checkpoint
 from fastmerge.checkpoint.header import Header, TensorInfo, header_digest, read_header
 from fastmerge.checkpoint.journal import JOURNAL, Binding, Journal, Part, difference
 from fastmerge.checkpoint.layout import (
@@ -19,6 +19,8 @@ from fastmerge.checkpoint.shards import PartialShards, RemoteJournal
 from fastmerge.checkpoint.writer import OutputFolder
 
 __all__ = [
+    "EMBEDDINGS",
+    "HEAD",
     "JOURNAL",
     "Adapter",
     "Binding",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from fastmerge.checkpoint.coded import CodedInfo, LowRank
 from fastmerge.checkpoint.files import FileIdentity, identity, read_json_object
-from fastmerge.checkpoint.folder import SINGLE, Checkpoint, list_folder
+from fastmerge.checkpoint.folder import EMBEDDINGS, HEAD, SINGLE, Checkpoint, list_folder
 from fastmerge.checkpoint.header import TensorInfo, read_header
 from fastmerge.checkpoint.wording import place, shown
 from fastmerge.coding import Coding, Format
@@ -29,7 +29,6 @@ _REMEDY = "merge it into its base with peft's merge_and_unload() and give the re
 
 _PREFIX = "base_model.model."  # of the model inside peft's own
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_HEAD = "lm_head.weight"
 
 _FACTOR_TYPES = (DType.F32, DType.F16, DType.BF16)
 
@@ -156,6 +155,10 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     for name, info in adapter.whole.items():
         tensors[name] = _replaced(name, info, checkpoint)
+    tied = _tied_to_head(checkpoint)
+    if tied in adapter.whole and HEAD not in tensors:
+        # Only the embedding was trained: the head stays what it was tied to.
+        tensors[HEAD] = dataclasses.replace(checkpoint.tensors[tied], name=HEAD)
     for module, low in adapter.low_rank.items():
         name = f"{module}.weight"
         if name not in tensors:
@@ -312,10 +315,18 @@ def _low_rank(module: str, pair: Mapping[str, TensorInfo], settings: _Settings) 
     return LowRank(a, b, settings.scale_of(module))
 
 
+def _tied_to_head(checkpoint: Checkpoint) -> str:
+    """Return the embedding that a model's head is tied to, where it is; else an empty text."""
+    # Models that do not say so are tied: it is what transformers takes for granted and leaves out.
+    if not (checkpoint.config or {}).get("tie_word_embeddings", True):
+        return ""
+    return next((e for e in EMBEDDINGS if e in checkpoint.tensors), "")
+
+
 def _replaced(name: str, info: TensorInfo, checkpoint: Checkpoint) -> TensorInfo:
     """Return the adapter's own tensor in place of the model's."""
     old = checkpoint.tensors.get(name)
-    if old is None and name != _HEAD:  # a head that was tied to the embedding comes into its own
+    if old is None and name != HEAD:  # a head that was tied to the embedding comes into its own
         _refuse_unknown(info, name, checkpoint)
     # More or fewer rows are those of a vocabulary that was resized.
     if old is not None and (
@@ -353,7 +364,7 @@ def _added(
 
 def _refuse_unknown(info: TensorInfo, name: str, checkpoint: Checkpoint) -> NoReturn:
     what = f"{place(info.file)}: tensor {shown(info.name)} is for {shown(name)}"
-    if name == _HEAD:
+    if name == HEAD:
         raise CheckpointError(
             f"{what}, but in {place(checkpoint.path)} the output head is tied to the embedding; {_REMEDY}"
         )

@@ -18,6 +18,17 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+#: Names under which an output head may be tied to an embedding, nearest first.
+HEAD = "lm_head.weight"
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "gpt_neox.embed_in.weight",
+    "model.decoder.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "transformer.word_embeddings.weight",
+)
+
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<i>\d{1,6})-of-(?P<n>\d{1,6})\.safetensors", re.ASCII)
 
 #: Other kinds of weights: how to spot them, what they are, how to get safetensors from them.
