@@ -195,7 +195,7 @@ def _check_visible(assignment: Assignment) -> None:
         *(("adapter", f) for f in assignment.recipe.adapters if f is not None),
         ("output", assignment.out),
     ):
-        if not os.path.isdir(folder):
+        if not os.path.exists(folder):  # a GGUF file is an input, too
             raise CheckpointError(
                 f"{what} {folder} is not there on {socket.gethostname()}; all workers must see the inputs "
                 "and the output under the same paths"

@@ -19,6 +19,7 @@ from written_models import TENSORS, contents, fill, write_model
 from fastmerge.checkpoint import (
     OutputFolder,
     OutputTensor,
+    header_digest,
     identity,
     merged_config,
     open_checkpoint,
@@ -153,6 +154,23 @@ def test_changed_file_is_noticed(tmp_path: Path, change: str) -> None:
     }[change]
     with pytest.raises(CheckpointError, match=f"{SHARD_2}.*{expected}"):
         found.check_unchanged()
+
+
+def test_digests_of_headers(tmp_path: Path) -> None:
+    """What they cover: a safetensors file's header alone, and of other files what describes tensors."""
+    make_good_folder(tmp_path)
+    gguf, config = tmp_path / "m.gguf", tmp_path / "config.json"
+    gguf.write_bytes(b"GGUF\x03\0\0\0" + bytes(40))
+    for path, at, covered in (
+        (tmp_path / SHARD_1, -1, False),
+        (tmp_path / SHARD_1, 20, True),
+        (gguf, 30, True),
+        (config, 3, True),
+    ):
+        before, content = header_digest(path), bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+        assert (header_digest(path) != before) is covered
 
 
 # ---- layout -------------------------------------------------------------------------------------

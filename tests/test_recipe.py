@@ -349,12 +349,12 @@ def test_recipe_path_expands_home(tmp_path, monkeypatch):
     [
         (ModelRef("org/name"), "'org/name' was not found; models must be local folders; download"),
         (ModelRef("a", "main"), "'a@main' names a revision; models must be local folders"),
-        (ModelRef("f.gguf"), "'f.gguf' is a file; give the folder that holds it"),
+        (ModelRef("f.bin"), "'f.bin' is a file; give the folder that holds it"),
     ],
 )
 def test_only_local_folders_resolve(ref, message, tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "f.gguf").touch()
+    (tmp_path / "f.bin").touch()
     with pytest.raises(RecipeError) as caught:
         resolve_path(ref, tmp_path)
     assert message in str(caught.value)

@@ -104,13 +104,13 @@ def read_header(path: Path) -> Header:
 def header_digest(path: Path) -> str:
     """Return a hash of a safetensors file's header, length included: its tensors' names and places.
 
-    Of a JSON file beside it, all is hashed.
+    Of a JSON file all is hashed, of a GGUF file the beginning, which holds its header.
     """
     with opened(path) as (fd, status):
         if path.suffix == ".json":
             return digest(read_at(fd, path, 0, min(status.st_size, JSON_LIMIT)))
         prefix = read_at(fd, path, 0, 8)
-        length = min(int.from_bytes(prefix, "little"), JSON_LIMIT)
+        length = min(int.from_bytes(prefix, "little"), JSON_LIMIT, status.st_size - 8)
         return digest(prefix + read_at(fd, path, 8, length))
 
 

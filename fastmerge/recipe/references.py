@@ -78,7 +78,7 @@ def parse_reference(value: Any, place: str, folder: Path | None = None) -> Model
 
 
 def resolve_path(ref: ModelRef, recipe_dir: Path) -> Path:
-    """Return a model's absolute folder: first from the current directory, then from `recipe_dir`.
+    """Return a model's absolute folder or GGUF file, from the current directory or else `recipe_dir`.
 
     Raises:
         RecipeError: no such folder, or a revision was asked for; names the model.
@@ -101,7 +101,7 @@ def _resolve(ref: ModelRef, kind: str, recipe_dir: Path) -> Path:
         name = f"{ref.path}@{ref.revision}"
         raise RecipeError(f"{kind} {show(name)} names a revision; {remedy}")
     found = _find(ref.path, recipe_dir)
-    if found is not None:
+    if found is not None and (kind == "model" or found.is_dir()):
         return found
     for candidate in _candidates(ref.path, recipe_dir):
         if os.path.isfile(candidate):
