@@ -16,7 +16,7 @@ from fastmerge.backends import Kernels
 from fastmerge.budget import DEVICE_SHARE, Target, default_memory, target_of
 from fastmerge.card import Quantisation, hub_id, model_card
 from fastmerge.cards import card_of
-from fastmerge.checkpoint import OutputFolder, companion_files, merged_config, parse_size
+from fastmerge.checkpoint import HEAD, OutputFolder, companion_files, merged_config, parse_size
 from fastmerge.checkpoint.gguf import read_gguf
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
@@ -25,7 +25,7 @@ from fastmerge.evaluate import (
     check_nan_policy,
 )
 from fastmerge.forecast import Forecast
-from fastmerge.planner import HEAD, Plan, make_plan
+from fastmerge.planner import Plan, make_plan
 from fastmerge.processes import Processes
 from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.quant.gguf import find_gguf, is_gguf

@@ -22,7 +22,7 @@ from fastmerge import packed
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels, Residual
 from fastmerge.backends.memory import copy_bytes, same_bytes
 from fastmerge.budget import take_memory
-from fastmerge.checkpoint import word_bytes
+from fastmerge.checkpoint import EMBEDDINGS, HEAD, word_bytes
 from fastmerge.checkpoint.checksum import checksum
 from fastmerge.checkpoint.durable import write_at
 from fastmerge.dtypes import DType
@@ -46,7 +46,7 @@ from fastmerge.jobs import (
     together,
     work_items,
 )
-from fastmerge.planner import EMBEDDINGS, HEAD, Plan
+from fastmerge.planner import Plan
 from fastmerge.registry import Scope
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Memory

@@ -20,6 +20,8 @@ from fastmerge.budget import (
     fit_host,
 )
 from fastmerge.checkpoint import (
+    EMBEDDINGS,
+    HEAD,
     Checkpoint,
     Layout,
     TensorInfo,
@@ -34,17 +36,6 @@ from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import LayerPositions, Recipe
 from fastmerge.registry import MethodSpec, Params, Scope
 from fastmerge.storing import Storage, store
-
-#: Names under which an output head may be tied to an embedding, nearest first.
-HEAD = "lm_head.weight"
-EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "gpt_neox.embed_in.weight",
-    "model.decoder.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
-    "transformer.word_embeddings.weight",
-)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,9 @@ def _check_zero(module: Module, info: TensorInfo) -> None:
     """Refuse zero points of a symmetric weight unless they are all 0, as old versions stored them."""
     zero = b"\x88" if info.dtype is DType.I32 else b"\0"
     if module.stored.read(info).strip(zero):
-        module.fail("weight_zero_point", "is not 0, but config.json says that weights are symmetric")
+        module.fail(
+            "weight_zero_point", "is not 0, but config.json says that weights are symmetric"
+        )
 
 
 def _read_int4(module: Module, scheme: Scheme) -> Found:
