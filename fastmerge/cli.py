@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from fastmerge import summaries
 from fastmerge.errors import MergeError
 
 # NumPy's linear algebra starts a thread per core when it is imported; nothing here asks it for any.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from fastmerge.engine import Report
-    from fastmerge.forecast import Forecast
     from fastmerge.planner import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,7 +72,7 @@ def _quantising_options(function: F) -> F:
     """Options that make a `quantize`: the command gets that, or None where no format is asked for."""
     options = [
         click.option("--quantize", "format", metavar="FORMAT",
-                     help="Store weights in few bits: nf4, int4, nvfp4, q4_k, fp8, ...; see `fastmerge formats`."),
+                     help="Store weights in few bits: nf4, int4, nvfp4, q4_k, ...; see `fastmerge formats`."),
         click.option("--keep", multiple=True, metavar="PATTERN",
                      help="With --quantize: leave these in 16 bit (a glob, or re:EXPRESSION); repeatable."),
         click.option("--code", multiple=True, metavar="PATTERN",
@@ -191,7 +190,7 @@ def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> 
             shown.extend(plan.warnings)
             for warning in shown:
                 click.echo(f"warning: {warning}", err=True)
-            click.echo(_headline(plan), err=True)
+            click.echo(summaries.headline(plan), err=True)
         if show:
             from tqdm import tqdm
 
@@ -206,22 +205,77 @@ def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> 
     try:
         report = api.merge(config, out, trace=trace, progress=progress, on_plan=on_plan, **options)
     except KeyboardInterrupt:
-        click.echo(_interrupted(out), err=True)
+        click.echo(summaries.interrupted(out), err=True)
         sys.exit(130)
     finally:
         if bar is not None:
             bar.close()
     if not quiet:
         if options["resume"]:
-            click.echo(_resumed(report), err=True)
+            click.echo(summaries.resumed(report), err=True)
         for warning in report.warnings:
             if warning not in shown:  # those of the plan stand above
                 click.echo(f"warning: {warning}", err=True)
-        click.echo(_summary(report, out), err=True)
+        click.echo(summaries.summary(report, out), err=True)
     if profile:
         from fastmerge.streaming.stopwatch import table
 
         click.echo(f"{table(report.stages)}\ntrace: {trace}", err=True)
+
+
+@main.command("quantize")
+@click.argument("model", type=click.Path(exists=True))
+@click.argument("out", type=click.Path())
+@_quantising_options
+@click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
+@click.option("--resume", is_flag=True, help="Finish what was killed in OUT.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory to use.  [default: 40% of free]")
+@click.option(
+    "--device", metavar="NAME", default="cpu", show_default=True, help="Where to compute."
+)
+def quantize_command(model: str, out: str, quantize: Any, **options: Any) -> None:
+    """Store MODEL's weights in few bits, in the folder OUT: `--quantize nf4` and the like."""
+    from fastmerge.errors import RecipeError
+
+    if quantize is None:
+        raise RecipeError("say how weights are to be coded: --quantize nf4 or the like")
+    _convert(model, out, quantize=quantize, **options)
+
+
+@main.command("dequantize")
+@click.argument("model", type=click.Path(exists=True))
+@click.argument("out", type=click.Path())
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
+              help="Type of the weights.  [default: what the model computes with]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
+@click.option("--resume", is_flag=True, help="Finish what was killed in OUT.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory to use.  [default: 40% of free]")
+@click.option(
+    "--device", metavar="NAME", default="cpu", show_default=True, help="Where to compute."
+)
+def dequantize_command(model: str, out: str, dtype: str | None, **options: Any) -> None:
+    """Write MODEL, a quantised folder or GGUF file, as dense safetensors to the folder OUT."""
+    _convert(model, out, dtype=dtype, **options)
+
+
+def _convert(model: str, out: str, dtype: str | None = None, **options: Any) -> None:
+    """Merge one model with itself alone."""
+    from fastmerge import api
+
+    path = os.path.abspath(model)
+    recipe = {"merge_method": "passthrough", "models": [{"model": path}]}
+    if dtype is not None:
+        recipe["dtype"] = dtype
+    report = api.merge(recipe, out, **options)
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(summaries.summary(report, out), err=True)
+
+
+@main.command()
+def formats() -> None:
+    """List the formats that `--quantize` takes."""
+    click.echo(summaries.format_table())
 
 
 @main.command()
@@ -279,9 +333,9 @@ def plan_command(
         forecast = {"forecast": time.as_dict()} if time else {}
         click.echo(json.dumps({**plan.as_dict(), **forecast}, indent=2))
     else:
-        click.echo(_plan_text(plan))
+        click.echo(summaries.plan_text(plan))
         if time:
-            click.echo(_forecast_text(time))
+            click.echo(summaries.forecast_text(time))
     if plan.conflicts:
         sys.exit(2)
 
@@ -364,130 +418,6 @@ def bench_command(elements: int, threads: int, only: str, as_json: bool) -> None
     click.echo(f"{bench.headline()}\n\n{HEADINGS}")
     for timing in bench.timings(cases):
         click.echo(timing.text())
-
-
-# ---- words -----------------------------------------------------------------------------------------
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return (
-                f"{n:.0f} {unit}"
-                if unit == "B"
-                else f"{n:.3g} {unit}"
-                if n < 100
-                else f"{n:.0f} {unit}"
-            )
-        n /= 1000
-    raise AssertionError
-
-
-def _headline(plan: Plan) -> str:
-    models = len(plan.checkpoints)
-    device = ""
-    if plan.device is not None:
-        streamed = f", {len(plan.streamed)} tensors streamed" if plan.streamed else ""
-        device = f", {_size(plan.device.total)} on {plan.device.name}{streamed}"
-    return (
-        f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {_size(plan.bytes_read)}, "
-        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}{device}"
-    )
-
-
-def _summary(report: Report, out: str) -> str:
-    moved = report.bytes_read + report.bytes_written
-    rate = moved / report.seconds if report.seconds else 0.0
-    return (
-        f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
-        f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
-    )
-
-
-def _interrupted(out: str) -> str:
-    from fastmerge.checkpoint import JOURNAL
-
-    if (Path(out) / JOURNAL).exists():
-        return f"interrupted; finish {out} with --resume, or start again with --force"
-    return "interrupted; nothing was left behind"
-
-
-def _resumed(report: Report) -> str:
-    if not report.resumed:
-        return "note: there was no killed merge to resume; merged from the start"
-    return f"resumed: {_size(report.bytes_kept)} were there already"
-
-
-def _forecast_text(time: Forecast) -> str:
-    """Return a table of the stages, and the one that decides."""
-    lines = [f"\n{'stage':<10}{'moves':>10}{'at':>12}{'takes':>10}  rate"]
-    for stage in time.stages:
-        mark = "  <- the limit" if stage is time.limit else ""
-        lines.append(
-            f"{stage.name:<10}{_size(stage.n_bytes):>10}{_size(stage.rate) + '/s':>12}"
-            f"{stage.seconds:>8.2f} s  {stage.origin}{mark}"
-        )
-    lines.append(
-        f"about {time.seconds:.1f} s, all stages overlapped: {time.limit.name} limits it "
-        f"(modelled; the first item takes {time.fill:.2f} s to come through)"
-    )
-    return "\n".join(lines)
-
-
-def _coded_rows(plan: Plan) -> list[tuple[str, str]]:
-    if plan.quantize is None:
-        return []
-    coded = plan.coded
-    n, size = sum(j.n for j in coded), sum(j.bytes_out for j in coded)
-    bits = f"{8 * size / n:.3g} bits per weight" if n else "none"
-    return [
-        (
-            "coded",
-            f"{len(coded)} tensors as {plan.quantize.format}, {bits}; {plan.bits_per_weight:.3g} with "
-            "what stays dense",
-        )
-    ]
-
-
-def _plan_text(plan: Plan) -> str:
-    data = plan.as_dict()
-    n_shards = len(data["shards"])
-    rows = [
-        ("method", f"{plan.spec.name} ({plan.spec.title})"),
-        ("inputs", ", ".join(str(i.ref) for i in plan.recipe.inputs)),
-        (
-            "base",
-            str(plan.recipe.inputs[plan.recipe.base].ref)
-            if plan.recipe.base is not None
-            else "none",
-        ),
-        ("tensors", f"{data['merged']} merged, {data['copied']} copied"),
-        ("parameters", f"{data['parameters']:,}"),
-        ("read", _size(data["bytes_read"])),
-        ("write", f"{_size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
-        *_coded_rows(plan),
-        ("peak memory", f"about {_size(data['peak_memory'])}"),
-        ("disk", _size(data["disk"])),
-    ]
-    if plan.device is not None:
-        budget = plan.device
-        held = f"{_size(budget.operands)} operands, {_size(budget.results)} results, " + (
-            f"{_size(budget.scratch)} kernels"
-        )
-        rows += [
-            ("device", budget.name),
-            ("VRAM", f"{_size(budget.total)} of {_size(budget.limit)} ({held})"),
-            ("pinned", f"{_size(budget.pinned)} of host memory, blocks of {_size(budget.block)}"),
-        ]
-        if plan.streamed:
-            names = ", ".join(sorted(plan.streamed)[:3])
-            rows.append(("streamed", f"{len(plan.streamed)} too large for the device: {names}"))
-    lines = [f"{name:<12} {value}" for name, value in rows]
-    lines += [f"warning: {w}" for w in data["warnings"]]
-    lines += [f"conflict: {c}" for c in data["conflicts"]]
-    if not data["conflicts"]:
-        lines.append("no conflicts")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

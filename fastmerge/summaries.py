@@ -1,0 +1,151 @@
+"""What the command line prints: a merge's plan, headline and summary, in words and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastmerge.engine import Report
+    from fastmerge.forecast import Forecast
+    from fastmerge.planner import Plan
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return (
+                f"{n:.0f} {unit}"
+                if unit == "B"
+                else f"{n:.3g} {unit}"
+                if n < 100
+                else f"{n:.0f} {unit}"
+            )
+        n /= 1000
+    raise AssertionError
+
+
+def headline(plan: Plan) -> str:
+    models = len(plan.checkpoints)
+    device = ""
+    if plan.device is not None:
+        streamed = f", {len(plan.streamed)} tensors streamed" if plan.streamed else ""
+        device = f", {_size(plan.device.total)} on {plan.device.name}{streamed}"
+    return (
+        f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {_size(plan.bytes_read)}, "
+        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}{device}"
+    )
+
+
+def summary(report: Report, out: str) -> str:
+    moved = report.bytes_read + report.bytes_written
+    rate = moved / report.seconds if report.seconds else 0.0
+    return (
+        f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
+        f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
+    )
+
+
+def interrupted(out: str) -> str:
+    from fastmerge.checkpoint import JOURNAL
+
+    if (Path(out) / JOURNAL).exists():
+        return f"interrupted; finish {out} with --resume, or start again with --force"
+    return "interrupted; nothing was left behind"
+
+
+def resumed(report: Report) -> str:
+    if not report.resumed:
+        return "note: there was no killed merge to resume; merged from the start"
+    return f"resumed: {_size(report.bytes_kept)} were there already"
+
+
+def forecast_text(time: Forecast) -> str:
+    """Return a table of the stages, and the one that decides."""
+    lines = [f"\n{'stage':<10}{'moves':>10}{'at':>12}{'takes':>10}  rate"]
+    for stage in time.stages:
+        mark = "  <- the limit" if stage is time.limit else ""
+        lines.append(
+            f"{stage.name:<10}{_size(stage.n_bytes):>10}{_size(stage.rate) + '/s':>12}"
+            f"{stage.seconds:>8.2f} s  {stage.origin}{mark}"
+        )
+    lines.append(
+        f"about {time.seconds:.1f} s, all stages overlapped: {time.limit.name} limits it "
+        f"(modelled; the first item takes {time.fill:.2f} s to come through)"
+    )
+    return "\n".join(lines)
+
+
+def _coded_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.quantize is None:
+        return []
+    coded = plan.coded
+    n, size = sum(j.n for j in coded), sum(j.bytes_out for j in coded)
+    bits = f"{8 * size / n:.3g} bits per weight" if n else "none"
+    return [
+        (
+            "coded",
+            f"{len(coded)} tensors as {plan.quantize.format}, {bits}; {plan.bits_per_weight:.3g} with "
+            "what stays dense",
+        )
+    ]
+
+
+def plan_text(plan: Plan) -> str:
+    data = plan.as_dict()
+    n_shards = len(data["shards"])
+    rows = [
+        ("method", f"{plan.spec.name} ({plan.spec.title})"),
+        ("inputs", ", ".join(str(i.ref) for i in plan.recipe.inputs)),
+        (
+            "base",
+            str(plan.recipe.inputs[plan.recipe.base].ref)
+            if plan.recipe.base is not None
+            else "none",
+        ),
+        ("tensors", f"{data['merged']} merged, {data['copied']} copied"),
+        ("parameters", f"{data['parameters']:,}"),
+        ("read", _size(data["bytes_read"])),
+        ("write", f"{_size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
+        *_coded_rows(plan),
+        ("peak memory", f"about {_size(data['peak_memory'])}"),
+        ("disk", _size(data["disk"])),
+    ]
+    if plan.device is not None:
+        budget = plan.device
+        held = f"{_size(budget.operands)} operands, {_size(budget.results)} results, " + (
+            f"{_size(budget.scratch)} kernels"
+        )
+        rows += [
+            ("device", budget.name),
+            ("VRAM", f"{_size(budget.total)} of {_size(budget.limit)} ({held})"),
+            ("pinned", f"{_size(budget.pinned)} of host memory, blocks of {_size(budget.block)}"),
+        ]
+        if plan.streamed:
+            names = ", ".join(sorted(plan.streamed)[:3])
+            rows.append(("streamed", f"{len(plan.streamed)} too large for the device: {names}"))
+    lines = [f"{name:<12} {value}" for name, value in rows]
+    lines += [f"warning: {w}" for w in data["warnings"]]
+    lines += [f"conflict: {c}" for c in data["conflicts"]]
+    if not data["conflicts"]:
+        lines.append("no conflicts")
+    return "\n".join(lines)
+
+
+def format_table() -> str:
+    """Return the formats of few bits with what they take of a square matrix, as text."""
+    from fastmerge.coding import Coding, Format, parts_of
+    from fastmerge.dtypes import DType
+    from fastmerge.quant.formats import FORMATS
+    from fastmerge.quant.gguf_formats import GGUF_FORMATS
+
+    side = 4096
+    codings = {f.name: (f.family, f.coding(DType.BF16, (side, side))) for f in FORMATS.values()}
+    for name, what in GGUF_FORMATS.items():
+        coding = Coding(Format.DENSE, what) if isinstance(what, DType) else Coding(what)
+        codings[name] = ("GGUF (one file)", coding)
+    lines = [f"{'format':<14}{'bits per weight':>16}  written as"]
+    for name, (family, coding) in codings.items():
+        bits = 8 * sum(p.n_bytes for p in parts_of(coding, side, side)) / side**2
+        lines.append(f"{name:<14}{bits:>16.2f}  {family}")
+    return "\n".join(lines)
