@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +27,15 @@ from numpy.typing import NDArray
 
 from fastmerge import _cpu, ops
 from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep
-from fastmerge.dtypes import DType
+from fastmerge.bench_cases import COLS, Case, Run, dense_cases
+from fastmerge.bench_coded import coded_cases
 from fastmerge.errors import RecipeError
-from fastmerge.evaluate import Operands, resolve, run_walk, sweep_statistic
-from fastmerge.recipe import keyword_params
-from fastmerge.registry import REQUIRED, MethodSpec, TensorContext, methods
-from fastmerge.stages import (
-    Axis,
-    Combine,
-    Drop,
-    Elect,
-    Gram,
-    Keep,
-    Moments,
-    OrderStatistic,
-    RankedDrop,
-    SignBalance,
-    Statistic,
-    Trim,
-    Walk,
-)
+from fastmerge.stages import Walk
 
-COLS = 4096
 ELEMENTS = 1 << 23  # of each operand: those of a case together outgrow the usual last-level cache
 VERIFIED = 36 * COLS  # rank cuts take the path of long operands above 2^17
 RUNS = 7
 COPIED = 1 << 28  # bytes that the copy reads; several times the usual last-level cache
-MOST_EXPERTS = 8
-
-#: Returns what a case computes, to be compared.
-Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to time: `prepare(kernels, operands)` does what is not timed and returns the rest."""
-
-    name: str
-    n_experts: int
-    prepare: Callable[[Kernels, Operands], Run]
-    with_base: bool = True
-
-    def operands(self, n: int) -> Operands:
-        """Return a base, if the case has one, and experts of n elements each."""
-        base, experts = family(n)
-        origin = base if self.with_base else None
-        return Operands(origin, experts[: self.n_experts], COLS, DType.F32)
 
 
 @dataclass(frozen=True)
@@ -117,142 +79,9 @@ HEADINGS = (
 )
 
 
-# ---- operands --------------------------------------------------------------------------------------
-
-
-def bf16(x: NDArray[np.float32]) -> Buffer:
-    """Round to bfloat16, to nearest even; x is finite."""
-    bits = x.view(np.uint32)
-    held = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return Buffer(held.ctypes.data, DType.BF16, held.size, held)
-
-
-@lru_cache(maxsize=2)
-def family(n: int) -> tuple[Buffer, list[Buffer]]:
-    """Return a base and MOST_EXPERTS experts of n elements; as in benchmarks/families.py."""
-    rng = np.random.default_rng(0)
-    changes = rng.standard_t(3, (1 << 20) + 7).astype(np.float32) * np.float32(0.0005)
-    changes[rng.random(changes.size) < 0.2] = 0
-    base = rng.standard_normal(n, np.float32) * np.float32(0.03)
-    experts = []
-    for _ in range(MOST_EXPERTS):  # a pool of changes from another place each: draws are slow
-        start = int(rng.integers(changes.size))
-        experts.append(bf16(base + np.resize(np.roll(changes, -start), n)))
-    return bf16(base), experts
-
-
-# ---- cases -----------------------------------------------------------------------------------------
-
-
-def _walk(
-    name: str, k: int, walk: Callable[[Kernels, Operands], Walk], with_base: bool = True
-) -> Case:
-    def prepare(kernels: Kernels, operands: Operands) -> Run:
-        built = walk(kernels, operands)
-        held, out = _result(operands.n)
-
-        def run() -> Any:
-            run_walk(kernels, built, operands, out)
-            return held
-
-        return run
-
-    return Case(f"{name} walk K={k}", k, prepare, with_base)
-
-
-def _statistic(name: str, k: int, request: Callable[[int, int], Statistic]) -> Case:
-    def prepare(kernels: Kernels, operands: Operands) -> Run:
-        wanted = request(operands.n, k)
-        return lambda: sweep_statistic(kernels, wanted, operands)
-
-    return Case(f"{name} K={k}", k, prepare)
-
-
-#: What methods are timed with, where they have a parameter of that name; the rest keep their defaults.
-SETTINGS = {
-    "weight": 0.5, "density": 0.5, "gamma": 0.05, "epsilon": 0.2, "select_topk": 0.5, "t": 0.3, "scale": 0.5,
-}  # fmt: skip
-
-
-def _method(spec: MethodSpec) -> Case:
-    """Return a method from end to end: its statistics and its walk, as `evaluate` runs them."""
-    least, most = spec.n_inputs
-    k = min(max(4, least), most or MOST_EXPERTS)
-    has_base = spec.base != "ignored"
-    with_base = has_base and not spec.base_is_operand
-    chosen = {name: value for name, value in SETTINGS.items() if spec.param(name)}
-    params = keyword_params(spec, k, has_base, chosen)
-
-    def prepare(kernels: Kernels, operands: Operands) -> Run:
-        n = operands.n
-        context = TensorContext("tensor", (n // COLS, COLS), k, with_base, n_model=n)
-        held, out = _result(n)
-
-        def run() -> Any:
-            walk = resolve(kernels, spec, params, context, operands)
-            run_walk(kernels, walk, operands, out)
-            return held
-
-        return run
-
-    return Case(f"method {spec.name} K={k}", k, prepare, with_base)
-
-
-def _result(n: int) -> tuple[NDArray[np.uint16], Buffer]:
-    held = np.empty(n, np.uint16)
-    return held, Buffer(held.ctypes.data, DType.BF16, n, held)
-
-
-def _ties(kernels: Kernels, operands: Operands) -> Walk:
-    k = len(operands.experts)
-    cuts = sweep_statistic(kernels, OrderStatistic(_ranks(operands.n, k)), operands)
-    return Walk(
-        np.full((k, 1), 0.5),
-        keep=Keep(trim=Trim(cuts[0])),
-        elect=Elect("mass"),
-        combine=Combine(divide_by="weight", divisor_weight=[0.5] * k),
-    )
-
-
-def _ranks(n: int, k: int) -> list[list[int]]:
-    return [[n * 3 // 10]] * k
-
-
-def _average(kernels: Kernels, operands: Operands) -> Walk:
-    k = len(operands.experts)
-    return Walk(np.full((k, 1), 1 / k), add_base=operands.base is not None)
-
-
 def cases() -> list[Case]:
-    """Return every kernel in its main shapes, then every method of the registry."""
-    drop = Keep(drop=Drop([0.5] * 4, [1, 2, 3, 4], rescale=True))
-    ranked = Keep(drop=RankedDrop([0.3] * 4, [0.7] * 4, [1, 2, 3, 4], Axis.ROW))
-    half = np.full((4, 1), 0.5)
-    found = [_walk("ties", k, _ties) for k in (2, 4, 8)]
-    found += [_walk("linear", k, _average, with_base=False) for k in (2, 4, 8)]
-    found += [
-        _walk("sum of deltas", 4, _average),
-        _walk("dare", 4, lambda *_: Walk(half, keep=drop)),
-        _walk("dare ties", 4, lambda *_: Walk(half, keep=drop, elect=Elect("mass"))),
-        _walk("della", 4, lambda *_: Walk(half, keep=ranked)),
-    ]
-    found += [
-        _statistic("order statistic", k, lambda n, k: OrderStatistic(_ranks(n, k)))
-        for k in (2, 4, 8)
-    ]
-    found += [
-        _statistic("two ranks", 4, lambda n, k: OrderStatistic([[n // 100, n * 9 // 10]] * k)),
-        _statistic(
-            "variance cut", 4, lambda *_: OrderStatistic(of="variance", fraction_of_nonzero=0.3)
-        ),
-        _statistic("row order", 4, lambda _, k: OrderStatistic([[1000]] * k, scope="row")),
-        _statistic("moments", 4, lambda *_: Moments("abs")),
-        _statistic("moments of dare", 4, lambda *_: Moments("abs", drop)),
-        _statistic("gram", 4, lambda *_: Gram()),
-        _statistic("row gram", 4, lambda *_: Gram(axis=Axis.ROW)),
-        _statistic("sign balance", 4, lambda *_: SignBalance(Keep(), half, Elect("mass"))),
-    ]
-    return found + [_method(spec) for spec in methods().values() if _is_settled(spec)]
+    """Return every kernel in its main shapes, every method of the registry, and merges of coded tensors."""
+    return dense_cases() + coded_cases()
 
 
 def matching(only: str) -> list[Case]:
@@ -265,11 +94,6 @@ def matching(only: str) -> list[Case]:
     if not found:
         raise RecipeError(f"nothing to time has {only!r} in its name; see `fastmerge bench`")
     return found
-
-
-def _is_settled(spec: MethodSpec) -> bool:
-    """Return whether every required parameter has a value here; those of other packages may not."""
-    return all(p.name in SETTINGS for p in spec.params if p.default is REQUIRED)
 
 
 # ---- verifying and counting ------------------------------------------------------------------------
@@ -286,6 +110,8 @@ def verify(case: Case) -> None:
 
 def _arrays(result: Any) -> list[NDArray[Any]]:
     """Take any result apart into arrays that compare bit by bit."""
+    if isinstance(result, list) and all(isinstance(r, np.ndarray) for r in result):
+        return result
     if isinstance(result, list):
         return [array for cut in result for array in (cut.value, cut.last_tie)]
     if hasattr(result, "__dataclass_fields__"):
@@ -293,8 +119,17 @@ def _arrays(result: Any) -> list[NDArray[Any]]:
     return [np.asarray(result)]
 
 
+def _n_bytes(x: Buffer | Coded) -> int:
+    if isinstance(x, Buffer):
+        return x.n * x.dtype.itemsize
+    return sum(_n_bytes(part) for part in x.slots.values()) * x.n // (x.rows * x.cols)
+
+
 class _Metered:
-    """Kernels that add up the bytes they are handed: each sweep's first pass, each walk and its result."""
+    """Kernels that add up the bytes they are handed: each sweep's first pass, each walk and its result.
+
+    Coded operands count as the bfloat16 that they stand for.
+    """
 
     name = "metered"
 
@@ -310,12 +145,12 @@ class _Metered:
     ) -> Callable[[], list[bool]]:
         for _, chunk, out in jobs:
             self.count(chunk)
-            self.n_bytes += out.n * out.dtype.itemsize
+            self.n_bytes += _n_bytes(out)
         return self._kernels.start_walks(jobs)
 
     def count(self, chunk: Chunk) -> None:
         operands = [*chunk.experts, *([chunk.base] if chunk.base else [])]
-        self.n_bytes += sum(b.n * b.dtype.itemsize for b in operands)
+        self.n_bytes += sum(2 * b.n if isinstance(b, Coded) else _n_bytes(b) for b in operands)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)

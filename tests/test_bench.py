@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastmerge import _cpu, bench
+from fastmerge import _cpu, bench, bench_cases
 from fastmerge.backends import Kernels
 from fastmerge.cli import main
 from fastmerge.evaluate import Operands
@@ -76,11 +76,11 @@ def test_operands_are_rounded_as_torch_does() -> None:
     x = np.random.default_rng(0).standard_normal(10_000, np.float32)
     x[:2] = [1 + 2**-8, 1 + 3 * 2**-8]  # halfway: to even, down and up
     theirs = torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
-    np.testing.assert_array_equal(bench.bf16(x).owner, theirs)
+    np.testing.assert_array_equal(bench_cases.bf16(x).owner, theirs)
 
 
 def test_experts_are_fine_tunes_of_the_base() -> None:
-    base, experts = bench.family(1 << 16)
+    base, experts = bench_cases.family(1 << 16)
     equal = [np.mean(e.owner == base.owner) for e in experts]
     assert len(experts) == bench.MOST_EXPERTS
     assert all(0.2 < share < 0.9 for share in equal)
