@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from damage import write_json
+from hypothesis import given
+from hypothesis import strategies as st
 from quant_decoding import decode
 from quant_folders import (
     DOWN,
@@ -30,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastmerge.checkpoint import TensorInfo, open_checkpoint
-from fastmerge.coding import ScaleType, parts_of
+from fastmerge.coding import Coding, Format, ScaleType, parts_of, unit_rows
 from fastmerge.dtypes import DType
 from fastmerge.quant import recognise
 from fastmerge.quant.bitsandbytes import dynamic_map, quant_map
@@ -228,3 +230,32 @@ def test_header_reads_types_of_scales(tmp_path: Path) -> None:
     save_file({"m.scale": tensor}, tmp_path / "model.safetensors")
     (info,) = open_checkpoint(tmp_path).tensors.values()
     assert isinstance(info, TensorInfo) and info.dtype is DType.F8_E8M0 and info.n_bytes == 6
+
+
+@given(
+    rows=st.integers(1, 300),
+    blocks=st.integers(1, 5),
+    cuts=st.sets(st.integers(1, 300), max_size=4),
+    coding=st.sampled_from(
+        [
+            Coding(Format.FP8, DType.BF16, ScaleType.F32, 128, 128),
+            Coding(Format.FP8, DType.BF16, ScaleType.BF16, 48, 96),
+            Coding(Format.FP8, DType.BF16, ScaleType.BF16),
+            Coding(Format.INT4, DType.BF16, ScaleType.BF16, 32, symmetric=False),
+            Coding(Format.INT4, DType.BF16, ScaleType.F32, 32),
+            Coding(Format.NVFP4, DType.BF16, ScaleType.E4M3, 16),
+        ]
+    ),
+)
+def test_pieces_of_a_part_cover_it(rows: int, blocks: int, cuts: set[int], coding: Coding) -> None:
+    """Cut anywhere between units of rows, pieces hold every byte once: fewer rows at the end too."""
+    cols = 32 * blocks
+    unit = unit_rows(coding, cols)
+    ends = sorted({min(c * unit, rows) for c in cuts} | {rows})
+    for part in parts_of(coding, rows, cols):
+        at = start = 0
+        for end in ends:
+            first, last = part.span(start * cols, end * cols)
+            assert first == at and last > first
+            at, start = last, end
+        assert at == part.n_bytes
