@@ -95,12 +95,14 @@ class PartSpec:
     """One part of a coded tensor in memory and on disk: codes, scales, zeros, nested or group_of.
 
     per_element: bytes per element where the part can be cut along with the tensor; None: it is needed whole.
+    step:        bytes that stand for as many rows as share them, even where the last are fewer.
     """
 
     slot: str
     dtype: DType
     shape: tuple[int, ...]
     per_element: Fraction | None
+    step: int = 1
 
     @property
     def n_bytes(self) -> int:
@@ -110,7 +112,8 @@ class PartSpec:
         """Return the bytes [first, end) that hold elements [start, stop), `start` a multiple of the unit."""
         if self.per_element is None:
             return 0, self.n_bytes
-        first, end = math.floor(start * self.per_element), math.ceil(stop * self.per_element)
+        first = math.floor(start * self.per_element)
+        end = math.ceil(stop * self.per_element / self.step) * self.step
         return first, min(end, self.n_bytes)
 
 
@@ -153,7 +156,8 @@ def parts_of(coding: Coding, rows: int, cols: int) -> tuple[PartSpec, ...]:
         )
         if not coding.symmetric:
             packed = (-(-rows // 8), groups)
-            parts.append(PartSpec("zeros", DType.I32, packed, Fraction(4 * groups, 8 * cols)))
+            per = Fraction(4 * groups, 8 * cols)
+            parts.append(PartSpec("zeros", DType.I32, packed, per, 4 * groups))
         return tuple(parts)
     if f in (Format.NVFP4, Format.MXFP4):
         kind = DType.F8_E4M3 if f is Format.NVFP4 else DType.U8
@@ -178,8 +182,9 @@ def parts_of(coding: Coding, rows: int, cols: int) -> tuple[PartSpec, ...]:
     if coding.group_rows == 0:
         return (codes, PartSpec("scales", scale, (1,), None))
     shape = (-(-rows // coding.group_rows), groups)
-    per = Fraction(groups * scale.itemsize, coding.group_rows * cols)
-    return (codes, PartSpec("scales", scale, shape, per))
+    step = groups * scale.itemsize
+    per = Fraction(step, coding.group_rows * cols)
+    return (codes, PartSpec("scales", scale, shape, per, step))
 
 
 def unit_rows(coding: Coding, cols: int) -> int:

@@ -63,7 +63,7 @@ def decode(info: CodedInfo, quant_map: np.ndarray | None = None) -> np.ndarray:
         return (quant_map[code] * np.repeat(peaks, c.group)[: rows * cols]).reshape(rows, cols)
     if f is Format.INT8:
         q = raw(info, "codes", "i1").reshape(rows, cols).astype(np.float32)
-        return q * (scales(info)[:, None] / np.float32(127))
+        return q * scales(info)[:, None] / np.float32(127)
     if f is Format.FP8:
         w = e4m3(raw(info, "codes", "u1")).reshape(rows, cols)
         return w * _spread(scales(info), c, rows, cols)

@@ -13,7 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from damage import read_shard, write_shard
 from safetensors.torch import load_file, save_file
+
+from fastmerge.checkpoint import Checkpoint, open_checkpoint
+from fastmerge.checkpoint.coded import CodedInfo
+from fastmerge.quant import recognise
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+#: Formats that a library writes here too, each as the folder of that name.
+WRITTEN = [
+    *("nf4", "fp4", "nf4-dq", "fp4-dq", "int4", "int4-g32", "int4-g64", "int4-channel"),
+    *("int4-asym", "nvfp4", "mxfp4", "fp8", "fp8-tensor"),
+]
 
 ROWS, COLS = 256, 128  # of the widest matrix of the tiny model: intermediate and hidden size
 
@@ -42,6 +55,42 @@ def linears(tensors: Mapping[str, Any]) -> list[str]:
     return [n for n in tensors if n.endswith("_proj.weight")]
 
 
+# ---- any folder ---------------------------------------------------------------------------------
+
+Entry = tuple[str, list[int], bytes]
+
+
+def copied(path: Path, to: Path) -> Path:
+    to = to / "damaged"
+    to.mkdir(exist_ok=True)
+    for file in path.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def entries_of(path: Path) -> dict[str, Entry]:
+    header, data = read_shard(path / "model.safetensors")
+    header.pop("__metadata__", None)
+    return {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+
+def write_entries(path: Path, entries: dict[str, Entry]) -> None:
+    header, data = {}, b""
+    for name, (dtype, shape, content) in entries.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += content
+    write_shard(path / "model.safetensors", header, data)
+
+
+def opened(path: Path) -> Checkpoint:
+    return recognise(open_checkpoint(path))
+
+
+def coded(model: Checkpoint) -> dict[str, CodedInfo]:
+    return {n: t for n, t in model.tensors.items() if isinstance(t, CodedInfo)}
+
+
 # ---- by the libraries ---------------------------------------------------------------------------
 
 
@@ -64,7 +113,9 @@ def load_dequantised(path: Path) -> Any:
         model(torch.arange(2)[None])
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one attribute of the folder's is replaced
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # that one attribute of the folder's is replaced
         return load(path, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 

@@ -30,7 +30,7 @@ from fastmerge.quant.modules import (
 HEADS = ("keep", "q8", "same")
 
 #: Formats of 8 bits for a head, by the family of the others.
-_EIGHT_BITS = {"compressed-tensors": "fp8", "gguf": "q8_0"}
+_EIGHT_BITS = {"compressed-tensors": "fp8"}
 
 #: Kinds of models whose linear modules store [in, out]: their rows are no outputs.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -92,12 +92,12 @@ def choose(
 
 
 class _Patterns:
-    """Patterns of one key, each of which should match some weight."""
+    """Patterns of one key, each of which should match some weight that may be coded."""
 
     def __init__(self, key: str, patterns: Iterable[str]) -> None:
         self.key = key
-        self.unused = dict.fromkeys(patterns)
-        self._tests = {pattern: self._test(pattern) for pattern in self.unused}
+        self._unused = dict.fromkeys(patterns, "no weight")
+        self._tests = {pattern: self._test(pattern) for pattern in self._unused}
 
     def _test(self, pattern: str) -> Callable[[str], bool]:
         if not pattern.startswith("re:"):
@@ -110,13 +110,19 @@ class _Patterns:
             ) from None
         return lambda name: compiled.match(name) is not None
 
-    def match(self, name: str) -> str | None:
-        """Return the first pattern that matches a weight's name or its module's."""
+    def match(self, name: str, never: str | None) -> str | None:
+        """Return the first pattern that matches a weight or its module. never: why it is not coded."""
         for pattern, test in self._tests.items():
             if test(name) or test(module_of(name)):
-                self.unused.pop(pattern, None)
+                if never is None:
+                    self._unused.pop(pattern, None)
+                elif pattern in self._unused:
+                    self._unused[pattern] = f"only what is never coded: {name!r} is {never}"
                 return pattern
         return None
+
+    def warnings(self) -> list[str]:
+        return [f"{self.key}: {p!r} matches {what}" for p, what in self._unused.items()]
 
 
 class _Chooser:
@@ -146,19 +152,17 @@ class _Chooser:
         kept = [n for n, f in formats.items() if f is None and self._is_linear(n)]
         warnings = [self._warning(reason, names) for reason, names in self.reasons.items()]
         for patterns in (self.keep, self.quantize, self.overrides):
-            warnings += [f"{patterns.key}: {p!r} matches no weight" for p in patterns.unused]
+            warnings += patterns.warnings()
         return Choice(formats, kept, warnings)
 
     def _format(self, name: str, shape: tuple[int, ...]) -> OutFormat | None:
         """Return how one weight is coded; what deserves a warning goes into `reasons`."""
-        kept, wanted = self.keep.match(name), self.quantize.match(name)
-        override = self.overrides.match(name)
+        never = self._never(name, shape)
+        kept = self.keep.match(name, None)
+        wanted, override = self.quantize.match(name, never), self.overrides.match(name, never)
         asked = bool(wanted or override)
-        always = self._always(name, shape)
-        if always or kept:
-            if asked and not kept:
-                self._note(f"asked to be coded, stays in 16 bit: it is {always}", name)
-            elif len(shape) == 3 and not is_convolution(name) and not kept:
+        if never or kept:
+            if len(shape) == 3 and not is_convolution(name) and not kept:
                 self._note("stays in 16 bit: experts in one tensor fit no format of matrices", name)
             return None
         if override:
@@ -188,10 +192,10 @@ class _Chooser:
             )
         return found
 
-    def _always(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """Return what a weight is that is never coded."""
+    def _never(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return what a weight is that is never coded, None for others."""
         if len(shape) != 2 or not name.endswith(".weight"):
-            return f"no matrix of a linear module but {list(shape)}"
+            return f"no matrix of a linear module, {list(shape)}"
         if 0 in shape:
             return "empty"
         return next((what for what, test in _ALWAYS.items() if test(name)), None)
