@@ -39,7 +39,8 @@ print(json.dumps({"seconds": seconds, "peak_mb": peak / 1e6, "output": done.stdo
 #: Merges through the Python API and prints the engine's own report.
 REPORTING = """
 import dataclasses, json, sys, fastmerge
-print(json.dumps(dataclasses.asdict(fastmerge.merge(sys.argv[1], sys.argv[2]))))
+report = fastmerge.merge(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None)
+print(json.dumps(dataclasses.asdict(report)))
 """
 
 Usage = dict[str, float]  # seconds of wall time, start-up included, and peak_mb of resident memory
@@ -92,12 +93,15 @@ class Merge:
     def theirs(self, out: Path) -> Finished:
         return self._warm([BIN / "mergekit-yaml", self.config, out, "--quiet"], out)
 
-    def reporting(self, out: Path, warm: bool = False) -> tuple[Finished, dict[str, Any]]:
+    def reporting(
+        self, out: Path, warm: bool = False, quantize: str = ""
+    ) -> tuple[Finished, dict[str, Any]]:
         """Merge the inputs as they lie, cached or not; also return the engine's report."""
         shutil.rmtree(out, ignore_errors=True)
         if warm:
             make_resident(self.files)
-        done = timed([sys.executable, "-c", REPORTING, self.config, out], self.folder)
+        command = [sys.executable, "-c", REPORTING, self.config, out, quantize]
+        done = timed(command, self.folder)
         return done, json.loads(done.output)
 
     def _warm(self, command: Sequence[str | Path], out: Path) -> Finished:

@@ -64,7 +64,7 @@ def result_of(
         written = job.is_atomic or spec.per_element is not None
         address = next(at) if written else 0
         if not written:  # a scale of the tensor
-            slots[spec.slot] = _filled(memory, _tensor_scale(job, peak))
+            slots[spec.slot] = _filled(memory, _tensor_scale(job, peak), spec.dtype)
         elif coding.nested and spec.slot == "scales":  # coded themselves when all are known: `late`
             slots[spec.slot] = _empty(memory, spec.shape[0])
         elif spec.slot != "nested":
@@ -97,11 +97,22 @@ def _empty(memory: Memory, n: int) -> Buffer:
     return Buffer(held.data_ptr(), DType.F32, n, held, memory.device)
 
 
-def _filled(memory: Memory, value: float) -> Buffer:
-    buffer = _empty(memory, 1)
-    array = np.array([value], np.float32)
-    copy_bytes(buffer, Buffer(array.ctypes.data, DType.F32, 1, array))
-    return buffer
+def _filled(memory: Memory, value: float, dtype: DType) -> Buffer:
+    """Return one number in memory, of a type that holds it exactly."""
+    held = _empty(memory, 1)
+    content = np.frombuffer(_bytes_of(value, dtype), np.uint8).copy()
+    copy_bytes(
+        Buffer(held.address, DType.U8, content.size, held.owner, held.device), _host(content)
+    )
+    return Buffer(held.address, dtype, 1, held.owner, held.device)
+
+
+def _bytes_of(value: float, dtype: DType) -> bytes:
+    """Return a number's bytes, rounded to a type, nearest even."""
+    if dtype is DType.BF16:
+        bits = int(np.float32(value).view(np.uint32))
+        return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).tobytes()
+    return (np.float16 if dtype is DType.F16 else np.float32)(value).tobytes()
 
 
 def _host(array: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Buffer:
@@ -123,7 +134,7 @@ def late(
     if result.origin == 0:
         for part, spec in job.parts:
             if not job.is_atomic and spec.per_element is None:
-                found[part.name] = np.float32(scales.tensor_scale).tobytes()
+                found[part.name] = _bytes_of(scales.tensor_scale, spec.dtype)
         for constant in job.stored.constants:
             if constant.content is None:
                 assert job.stored.format is not None

@@ -82,7 +82,7 @@ def test_operands_are_rounded_as_torch_does() -> None:
 def test_experts_are_fine_tunes_of_the_base() -> None:
     base, experts = bench_cases.family(1 << 16)
     equal = [np.mean(e.owner == base.owner) for e in experts]
-    assert len(experts) == bench.MOST_EXPERTS
+    assert len(experts) == bench_cases.MOST_EXPERTS
     assert all(0.2 < share < 0.9 for share in equal)
     assert not np.array_equal(experts[0].owner, experts[1].owner)
 
