@@ -139,6 +139,36 @@ def sweep_table(data: Row) -> list[str]:
     return ["Over sizes and experts:\n", provenance(data, what), *table(columns, rows)]
 
 
+def coded_table(data: Row) -> list[str]:
+    """Whole merges into few bits, beside the same merge in 16 and the way round it."""
+
+    def rival(row: Row) -> float:
+        return float(row["mergekit_seconds"] + row["library_seconds"])
+
+    columns: list[Column] = [
+        ("`--quantize`", lambda r: f"`{r['format']}`"),
+        ("read by", lambda r: r["consumer"]),
+        (
+            "loaded with",
+            lambda r: ", ".join(f"{n} {v}" for n, v in r["consumer_versions"].items()),
+        ),
+        ("bits per weight, all", lambda r: f"{r['bits_per_weight']:.2f}"),
+        ("relative RMS error", lambda r: f"{r['relative_rms']:.2%}"),
+        ("written", lambda r: f"{r['bytes_written'] / 1e6:.0f} MB"),
+        ("merge", lambda r: f"{r['coded']['seconds']:.2f} s"),
+        ("in bf16", lambda r: f"{r['dense']['seconds']:.2f} s"),
+        ("ratio", lambda r: f"{r['coded']['seconds'] / r['dense']['seconds']:.2f}"),
+        ("peak memory", lambda r: f"{r['coded']['peak_mb']:.0f} MB"),
+        ("mergekit, then the library", lambda r: f"{rival(r):.1f} s ({r['library']})"),
+        ("faster by", lambda r: f"{rival(r) / r['coded']['seconds']:.0f}x"),
+    ]
+    what = (
+        f"TIES of {data['experts']} experts of {data['parameters'] / 1e6:.0f} M parameters in bf16, page cache "
+        f"warm, whole processes, medians of {data['runs']} runs by turns (rivals: 1), {data['threads']} threads"
+    )
+    return [provenance(data, what), *table(columns, data["rows"])]
+
+
 def ops_table(data: Row) -> list[str]:
     """Kernels and methods in memory, as `fastmerge bench` prints them; folded, for it is long."""
     columns: list[Column] = [
@@ -298,6 +328,7 @@ TABLES = {
     "gpu": gpu_tables,
     "files": files_tables,
     "simulated": results("simulated.json", simulated_table),
+    "coded": results("coded.json", coded_table),
     "ops": results("ops.json", ops_table),
 }
 
