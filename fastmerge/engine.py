@@ -544,7 +544,14 @@ class Engine:
             for j in self.jobs
             if j.stored and j.needs_peak and j.stored.scale_group and self._left(j)
         }
-        wanted = [j for j in self.plan.jobs if j.needs_peak and self._peak_is_apart(j, groups)]
+        here = {j.name for j in self.jobs if j.needs_peak and self._left(j)}
+        wanted = [
+            j
+            for j in self.plan.jobs
+            if j.stored
+            and self.plan.finds_peak_apart(j)
+            and (j.stored.scale_group in groups or j.name in here)
+        ]
         streamed = [j for j in wanted if j.name in self.plan.streamed]
         for item, operands in self._sweep(
             work_items(wanted, self.plan.streamed, self.plan.item_bytes)
@@ -567,17 +574,6 @@ class Engine:
             group = job.stored.scale_group if job.stored else None
             if group:
                 self.peaks[job.name] = shared[group]
-
-    def _peak_is_apart(self, job: TensorJob, groups: Collection[str | None]) -> bool:
-        """Return whether a tensor's peak must be known before it is merged."""
-        assert job.stored is not None
-        if job.stored.scale_group:
-            return job.stored.scale_group in groups
-        here = any(job is j for j in self.jobs) and self._left(job)
-        whole = job.bytes_in <= self.plan.item_bytes or (
-            job.is_whole and job.name not in self.plan.streamed
-        )
-        return here and not whole
 
     def _find_peak(self, job: TensorJob, walk: Walk | Copy, held: Operands) -> None:
         assert job.stored is not None

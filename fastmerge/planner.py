@@ -112,9 +112,15 @@ class Plan:
         passes = 0
         if job.scope is Scope.MODEL or job.name in self.streamed:
             passes = 1 if self.device else 3
-        # The largest magnitude of all that share a scale is found before any of it is coded.
-        shared = job.stored is not None and job.stored.scale_group is not None
-        return passes + shared
+        return passes + self.finds_peak_apart(job)
+
+    def finds_peak_apart(self, job: TensorJob) -> bool:
+        """Return whether the largest magnitude of a result is found by a reading of its own, before any of what
+        shares its scale is coded."""
+        if job.stored is None or not job.needs_peak:
+            return False
+        held = job.is_whole and job.name not in self.streamed
+        return job.stored.scale_group is not None or not (held or job.bytes_in <= self.item_bytes)
 
     def raise_conflicts(self) -> None:
         if self.conflicts:
