@@ -115,8 +115,8 @@ class Plan:
         return passes + self.finds_peak_apart(job)
 
     def finds_peak_apart(self, job: TensorJob) -> bool:
-        """Return whether the largest magnitude of a result is found by a reading of its own, before any of what
-        shares its scale is coded."""
+        """Return whether a result's largest magnitude takes a reading of its own: all that share a scale are
+        merged before any of them is coded."""
         if job.stored is None or not job.needs_peak:
             return False
         held = job.is_whole and job.name not in self.streamed
