@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from fastmerge.evaluate import first_nonfinite
 from fastmerge.jobs import Operand, Piece, TensorJob, matrix_of
 from fastmerge.quant.format import Scales
 from fastmerge.streaming.device import Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def operand_of(
@@ -64,7 +68,8 @@ def result_of(
         written = job.is_atomic or spec.per_element is not None
         address = next(at) if written else 0
         if not written:  # a scale of the tensor
-            slots[spec.slot] = _filled(memory, _tensor_scale(job, peak))
+            held = _as_stored(_tensor_scale(job, peak), part.dtype).to(memory.device)
+            slots[spec.slot] = Buffer(held.data_ptr(), part.dtype, 1, held, memory.device)
         elif coding.nested and spec.slot == "scales":  # coded themselves when all are known: `late`
             slots[spec.slot] = _empty(memory, spec.shape[0])
         elif spec.slot != "nested":
@@ -97,11 +102,11 @@ def _empty(memory: Memory, n: int) -> Buffer:
     return Buffer(held.data_ptr(), DType.F32, n, held, memory.device)
 
 
-def _filled(memory: Memory, value: float) -> Buffer:
-    buffer = _empty(memory, 1)
-    array = np.array([value], np.float32)
-    copy_bytes(buffer, Buffer(array.ctypes.data, DType.F32, 1, array))
-    return buffer
+def _as_stored(value: float, dtype: DType) -> Tensor:
+    """Return one number in the type that it is stored in."""
+    import torch
+
+    return torch.tensor([value], dtype=torch.float32).to(getattr(torch, dtype.torch))
 
 
 def _host(array: np.ndarray[tuple[int], np.dtype[np.generic]]) -> Buffer:
@@ -115,6 +120,8 @@ def late(
 
     memory, addresses: see `result_of`. Double quantisation: codes the scales, now that all are known.
     """
+    import torch
+
     assert job.stored is not None
     scales = Scales(tensor_scale=result.tensor_scale)
     if job.stored.coding.nested:
@@ -123,7 +130,8 @@ def late(
     if result.origin == 0:
         for part, spec in job.parts:
             if not job.is_atomic and spec.per_element is None:
-                found[part.name] = np.float32(scales.tensor_scale).tobytes()
+                stored = _as_stored(scales.tensor_scale, part.dtype)
+                found[part.name] = stored.view(torch.uint8).numpy().tobytes()
         for constant in job.stored.constants:
             if constant.content is None:
                 assert job.stored.format is not None
