@@ -27,12 +27,16 @@ from fastmerge.checkpoint import (
 )
 from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.checkpoint.files import opened, read_at, read_json_object
+from fastmerge.checkpoint.gguf import read_gguf
 from fastmerge.checkpoint.wording import shown
+from fastmerge.dtypes import DType
 from fastmerge.engine import Engine
 from fastmerge.errors import CheckpointError, MergeError
 from fastmerge.jobs import Action, stored_names
 from fastmerge.planner import Plan, make_plan
 from fastmerge.provenance import MANIFEST
+from fastmerge.quant.gguf import find_gguf, is_gguf
+from fastmerge.quant.gguf_names import AUXILIARY, DENSE_TYPES
 from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import load_recipe
 
@@ -90,12 +94,26 @@ def verify(out: Path | str, *, sample: int = 8, seed: int = 0) -> Verification:
         raise CheckpointError(f"{out} has no {MANIFEST}; only merges that were finished have one")
     manifest = read_json_object(out / MANIFEST, strict=True)
     try:
-        model = open_checkpoint(out)
+        model = _gguf_file(out) if is_gguf(out) else open_checkpoint(out)
         result = Verification([_listing(model, manifest), *_bytes(model, manifest)])
         result.rows.append(_again(model, manifest, sample, seed))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{out / MANIFEST} is not a manifest: {error!r}") from None
     return result
+
+
+def _gguf_file(out: Path) -> Checkpoint:
+    """Return the tensors of a folder's GGUF file as they are stored, under its names."""
+    gguf = read_gguf(find_gguf(out))
+    tensors: dict[str, TensorInfo | CodedInfo] = {}
+    for t in gguf.tensors.values():
+        if t.name in AUXILIARY:  # of no input: it is in the header that is laid out
+            continue
+        dtype, shape = DENSE_TYPES.get(t.type, DType.U8), t.shape
+        if t.type not in DENSE_TYPES:
+            shape = (t.n_bytes,)
+        tensors[t.name] = TensorInfo(t.name, dtype, shape, gguf.path, t.offset, t.n_bytes)
+    return Checkpoint(out, tensors, None, [gguf.path], [gguf.identity])
 
 
 def _listing(model: Checkpoint, manifest: Mapping[str, Any]) -> Row:
