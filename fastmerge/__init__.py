@@ -4,6 +4,8 @@ fastmerge.merge("recipe.yaml", "out")                       model folders, as th
 fastmerge.plan("recipe.yaml")                               what that would read, write and need
 fastmerge.merge_tensors(base, [a, b], method="ties", ...)   torch tensors or numpy arrays
 fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in memory
+fastmerge.quantize_4bit(w, "nf4"), dequantize_4bit(q)       tensors as codes of a few bits
+fastmerge.merge_to_4bit(base, [a, b], method="ties")        merged and coded in one pass
 fastmerge.list_methods()                                    every method with its parameters
 fastmerge.ops                                               statistics, masks and the fused walk
 """
@@ -19,16 +21,24 @@ if TYPE_CHECKING:
     from fastmerge import ops as ops
     from fastmerge.api import merge as merge
     from fastmerge.api import plan as plan
+    from fastmerge.coded_tensors import QuantTensor as QuantTensor
+    from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
+    from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
     from fastmerge.errors import MergeError as MergeError
     from fastmerge.registry import methods as list_methods
     from fastmerge.tensors import merge_state_dicts as merge_state_dicts
     from fastmerge.tensors import merge_tensors as merge_tensors
+    from fastmerge.tensors import merge_to_4bit as merge_to_4bit
 
 #: Public name -> (module, name there). `fastmerge.methods` is the package of them once one is used.
 _HOMES = {
     "merge": ("fastmerge.api", "merge"),
     "merge_state_dicts": ("fastmerge.tensors", "merge_state_dicts"),
     "merge_tensors": ("fastmerge.tensors", "merge_tensors"),
+    "merge_to_4bit": ("fastmerge.tensors", "merge_to_4bit"),
+    "quantize_4bit": ("fastmerge.coded_tensors", "quantize_4bit"),
+    "dequantize_4bit": ("fastmerge.coded_tensors", "dequantize_4bit"),
+    "QuantTensor": ("fastmerge.coded_tensors", "QuantTensor"),
     "plan": ("fastmerge.api", "plan"),
     "MergeError": ("fastmerge.errors", "MergeError"),
     "list_methods": ("fastmerge.registry", "methods"),
@@ -36,12 +46,16 @@ _HOMES = {
 
 __all__ = [
     "MergeError",
+    "QuantTensor",
+    "dequantize_4bit",
     "list_methods",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
+    "merge_to_4bit",
     "ops",
     "plan",
+    "quantize_4bit",
 ]
 
 

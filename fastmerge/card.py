@@ -88,9 +88,7 @@ def model_card(
 def _quantised(of: Quantisation) -> list[str]:
     """Return a section with the relative error of each tensor, and of all together."""
     known = [r for _, _, r in of.tensors if r is not None and r.squares]
-    total = Residual()
-    for residual in known:
-        total.add(residual.errors, residual.squares)
+    total = Residual.of_all(known)
     lines = [
         "## Quantisation",
         "",

@@ -182,10 +182,12 @@ def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> 
     trace = Path(os.path.normpath(out) + ".trace.json") if profile else None
     show = sys.stderr.isatty() and not quiet
     bar: Any = None
+    planned: Plan | None = None
     shown: list[str] = []
 
     def on_plan(plan: Plan) -> None:
-        nonlocal bar
+        nonlocal bar, planned
+        planned = plan
         if not quiet:
             shown.extend(plan.warnings)
             for warning in shown:
@@ -216,7 +218,8 @@ def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> 
         for warning in report.warnings:
             if warning not in shown:  # those of the plan stand above
                 click.echo(f"warning: {warning}", err=True)
-        click.echo(summaries.summary(report, out), err=True)
+        assert planned is not None
+        click.echo(summaries.summary(report, planned, out), err=True)
     if profile:
         from fastmerge.streaming.stopwatch import table
 
@@ -266,10 +269,11 @@ def _convert(model: str, out: str, dtype: str | None = None, **options: Any) -> 
     recipe = {"merge_method": "passthrough", "models": [{"model": path}]}
     if dtype is not None:
         recipe["dtype"] = dtype
-    report = api.merge(recipe, out, **options)
+    planned: list[Plan] = []
+    report = api.merge(recipe, out, on_plan=planned.append, **options)
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(summaries.summary(report, out), err=True)
+    click.echo(summaries.summary(report, planned[0], out), err=True)
 
 
 @main.command()

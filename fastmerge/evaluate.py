@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
 from fastmerge.backends.memory import bytes_of, copy_bytes, to_host
+from fastmerge.backends.through_dense import decoded
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
@@ -238,8 +239,22 @@ def refuse_unrunnable(kernels: Kernels, walk: Walk) -> None:
         raise BackendError(f"{kernels.name} cannot run this walk: {reason}")
 
 
-def first_nonfinite(buffer: Buffer) -> int | None:
-    """Return the index of the first NaN or infinity, by the exponent bits."""
+def first_nonfinite(operand: Buffer | Coded) -> int | None:
+    """Return the index of the first NaN or infinity."""
+    if isinstance(operand, Coded):
+        operand = replace(operand, slots={k: to_host(v) for k, v in operand.slots.items()})
+    else:
+        operand = to_host(operand)
+    for a in range(0, operand.n, CHUNK_ELEMENTS):
+        values = decoded(operand.slice(a, min(operand.n, a + CHUNK_ELEMENTS)))
+        assert values is not None
+        index = _first_by_exponent(values)
+        if index is not None:
+            return a + index
+    return None
+
+
+def _first_by_exponent(buffer: Buffer) -> int | None:
     pattern: dict[DType, tuple[Any, int]] = {
         DType.F64: (np.uint64, 0x7FF0000000000000),
         DType.F32: (np.uint32, 0x7F800000),
@@ -247,14 +262,9 @@ def first_nonfinite(buffer: Buffer) -> int | None:
         DType.BF16: (np.uint16, 0x7F80),
     }
     kind, exponent = pattern[buffer.dtype]
-    buffer = to_host(buffer)
-    for a in range(0, buffer.n, CHUNK_ELEMENTS):
-        b = min(buffer.n, a + CHUNK_ELEMENTS)
-        bits = bytes_of(buffer.slice(a, b)).view(kind)
-        bad = np.flatnonzero((bits & kind(exponent)) == kind(exponent))
-        if bad.size:
-            return a + int(bad[0])
-    return None
+    bits = bytes_of(buffer).view(kind)
+    bad = np.flatnonzero((bits & kind(exponent)) == kind(exponent))
+    return int(bad[0]) if bad.size else None
 
 
 # ---- methods whose statistics are over the whole model ---------------------------------------------

@@ -8,6 +8,7 @@ torch's current stream.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastmerge.backends import Buffer, Chunk, Kernels
+from fastmerge.backends import Buffer, Chunk, Coded, Kernels
 from fastmerge.dtypes import BY_TORCH, DType
 from fastmerge.errors import BackendError, ConflictError
 from fastmerge.stages import (
@@ -34,6 +35,11 @@ from fastmerge.stages import (
 
 if TYPE_CHECKING:
     import torch
+
+    from fastmerge.coded_tensors import QuantTensor as QuantTensor
+    from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
+    from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
+    from fastmerge.tensors import merge_to_4bit as merge_to_4bit
 
 
 def _why_not_cpu() -> str | None:
@@ -178,7 +184,7 @@ def empty_like(tensor: Tensor, dtype: DType) -> Tensor:
     return torch.empty(tensor.shape, dtype=getattr(torch, dtype.torch), device=tensor.device)
 
 
-def one_device(buffers: Sequence[Buffer], labels: Sequence[str]) -> str:
+def one_device(buffers: Sequence[Buffer | Coded], labels: Sequence[str]) -> str:
     """Return the device that all buffers are on.
 
     Raises:
@@ -322,3 +328,18 @@ def _address(tensor: Tensor) -> int:
         return int(tensor.ctypes.data)
     held: torch.Tensor = tensor
     return held.data_ptr()
+
+
+#: Operations that stand on this module, and are found here as well.
+_ABOVE = {
+    "QuantTensor": "fastmerge.coded_tensors",
+    "quantize_4bit": "fastmerge.coded_tensors",
+    "dequantize_4bit": "fastmerge.coded_tensors",
+    "merge_to_4bit": "fastmerge.tensors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ABOVE:
+        return getattr(importlib.import_module(_ABOVE[name]), name)
+    raise AttributeError(f"module 'fastmerge.ops' has no attribute {name!r}")

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fastmerge import _cpu
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Coded
-from fastmerge.backends.lowering import lower_coded
-from fastmerge.backends.memory import copy_bytes, to_host
+from fastmerge.backends.memory import copy_bytes
+from fastmerge.backends.scales import code_scales, tensor_scale
 from fastmerge.checkpoint import TensorInfo
 from fastmerge.checkpoint.files import opened, read_at
 from fastmerge.dtypes import DType
@@ -81,9 +80,7 @@ def result_of(
 
 def _tensor_scale(job: TensorJob, peak: float) -> float:
     assert job.stored is not None
-    rows, cols = matrix_of(job.shape)
-    probe = Coded(job.stored.coding, rows, cols, 0, 0, 0, {})
-    return float(_cpu.tensor_scale(lower_coded(_cpu, probe), peak))
+    return tensor_scale(job.stored.coding, peak)
 
 
 def _empty(memory: Memory, n: int) -> Buffer:
@@ -145,26 +142,8 @@ def late(
 
 
 def _code_scales(result: Coded, memory: Memory, addresses: Sequence[int]) -> float:
-    """Code the scales of a tensor, 8 bits each; returns the mean that was taken from them first.
-
-    The mean is torch's, for bitsandbytes' is: its order of summation decides the last bit.
-    """
-    import torch
-
-    absmax = to_host(result.slots["scales"])
-    n = absmax.n
-    values = np.ctypeslib.as_array((ctypes.c_float * n).from_address(absmax.address))
-    offset = float(torch.from_numpy(values).mean())
-    codes = np.empty(n, np.uint8)
-    nested = np.empty(-(-n // 256), np.float32)
-    _cpu.encode_nested(
-        absmax.address,
-        n,
-        offset,
-        not result.coding.other_rule,
-        codes.ctypes.data,
-        nested.ctypes.data,
-    )
+    """Code the scales of a tensor where they are stored; returns the mean that was taken from them first."""
+    offset, codes, nested = code_scales(result.coding, result.slots["scales"])
     _, coded_scales, nested_scales = addresses
     copy_bytes(memory.buffer(coded_scales, DType.U8, codes.nbytes), _host(codes))
     copy_bytes(memory.buffer(nested_scales, DType.U8, nested.nbytes), _host(nested))
@@ -186,14 +165,8 @@ def first_nonfinite_of(operand: Operand, piece: Piece) -> int | None:
     addresses = _read(operand, piece, held)
     coded = operand_of(operand, piece, Memory(0, 0), iter(addresses))
     assert isinstance(coded, Coded)
-    values = np.empty(min(piece.n, CHUNK_ELEMENTS), np.float32)
-    for start in range(0, piece.n, CHUNK_ELEMENTS):
-        n = min(CHUNK_ELEMENTS, piece.n - start)
-        _cpu.decode(lower_coded(_cpu, coded.slice(start, start + n)), n, values.ctypes.data)
-        index = first_nonfinite(Buffer(values.ctypes.data, DType.F32, n))
-        if index is not None:
-            return piece.start + start + index
-    return None
+    index = first_nonfinite(coded)
+    return None if index is None else piece.start + index
 
 
 def _read(operand: Operand, piece: Piece, held: list[ctypes.Array[ctypes.c_char]]) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmerge.backends import Residual
+
 if TYPE_CHECKING:
     from fastmerge.engine import Report
     from fastmerge.forecast import Forecast
@@ -37,13 +39,33 @@ def headline(plan: Plan) -> str:
     )
 
 
-def summary(report: Report, out: str) -> str:
+def summary(report: Report, plan: Plan, out: str) -> str:
     moved = report.bytes_read + report.bytes_written
     rate = moved / report.seconds if report.seconds else 0.0
-    return (
+    wrote = (
         f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
         f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
     )
+    return "\n".join([wrote, *_what_coding_cost(report, plan)])
+
+
+def _what_coding_cost(report: Report, plan: Plan) -> list[str]:
+    """Return a line of what was coded, and how far that is from the merge where this run coded it."""
+    if plan.quantize is None or not plan.coded:
+        return []
+    line = (
+        f"coded {len(plan.coded)} tensors as {plan.quantize.format}, "
+        f"{_bits_per_coded_weight(plan):.2f} bits per weight"
+    )
+    total = Residual.of_all(report.residuals.values())
+    error = f", relative RMS error {100 * total.relative_rms:.2f} %" if total.squares else ""
+    return [line + error]
+
+
+def _bits_per_coded_weight(plan: Plan) -> float:
+    """Return what a weight that is coded takes, with its share of scales."""
+    n = sum(j.n for j in plan.coded)
+    return 8 * sum(j.bytes_out for j in plan.coded) / n if n else 0.0
 
 
 def interrupted(out: str) -> str:
@@ -79,13 +101,11 @@ def forecast_text(time: Forecast) -> str:
 def _coded_rows(plan: Plan) -> list[tuple[str, str]]:
     if plan.quantize is None:
         return []
-    coded = plan.coded
-    n, size = sum(j.n for j in coded), sum(j.bytes_out for j in coded)
-    bits = f"{8 * size / n:.3g} bits per weight" if n else "none"
+    bits = f"{_bits_per_coded_weight(plan):.3g} bits per weight" if plan.coded else "none"
     return [
         (
             "coded",
-            f"{len(coded)} tensors as {plan.quantize.format}, {bits}; {plan.bits_per_weight:.3g} with "
+            f"{len(plan.coded)} tensors as {plan.quantize.format}, {bits}; {plan.bits_per_weight:.3g} with "
             "what stays dense",
         )
     ]

@@ -1,21 +1,30 @@
-"""Merges of tensors and state dicts in memory, wherever they lie."""
+"""Merges of tensors and state dicts in memory, dense or coded, wherever they lie."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastmerge import ops
-from fastmerge.backends import Buffer, Chunk
+from fastmerge.backends import Chunk, Kernels
+from fastmerge.coded_tensors import (
+    QuantTensor,
+    code,
+    coding_of,
+    empty_dense,
+    operand_of,
+    parsed,
+    refuse_nonfinite,
+)
 from fastmerge.dtypes import DType
-from fastmerge.errors import ConflictError, NonFiniteError
+from fastmerge.errors import ConflictError
 from fastmerge.evaluate import (
     ModelTensor,
     Operands,
     Ranges,
     check_nan_policy,
-    first_nonfinite,
     resolve,
     resolve_model,
     run_walks,
@@ -23,6 +32,11 @@ from fastmerge.evaluate import (
 from fastmerge.recipe import keyword_params
 from fastmerge.registry import MethodSpec, Params, Scope, TensorContext, get
 from fastmerge.stages import Copy, GivenMask, Grain, Walk
+
+if TYPE_CHECKING:
+    import torch
+
+Tensor = ops.Tensor | QuantTensor
 
 
 def _spec_operands(
@@ -41,8 +55,8 @@ def _spec_operands(
 
 
 def merge_tensors(
-    base: ops.Tensor | None,
-    experts: Sequence[ops.Tensor],
+    base: Tensor | None,
+    experts: Sequence[Tensor],
     *,
     method: str,
     backend: str | None = None,
@@ -57,15 +71,16 @@ def merge_tensors(
 
     Args:
         base: [...] float16, bfloat16, float32 or float64 torch tensor or numpy array, or None where
-            the method allows it.
-        experts: n_experts tensors of base's shape, on its device; any mix of types; strided ones are copied.
+            the method allows it; or a `QuantTensor`, which is decoded in registers.
+        experts: n_experts tensors of base's shape, on its device; any mix of types, coded ones among them;
+            strided ones are copied.
             Tensors on a GPU are merged there, on torch's current stream.
         method: a name from `methods()`; params: its parameters, per-expert ones as one value or a list.
         seed, name: of the random drops; the same name and seed give the mask that a file merge draws.
         masks: keep masks instead of random draws, one per expert, nonzero keeps.
         nan_policy: error refuses NaN and infinity in the operands, propagate carries them through.
     Returns:
-        Same kind, shape and device; dtype of base, or of the first expert.
+        Same kind, shape and device; dtype of base, or of the first expert. Of a coded one: a dense tensor.
     Raises:
         RecipeError: unknown method or parameter, value out of bounds. ConflictError: shapes or dtypes.
         NonFiniteError: NaN or infinity in an operand; names it and the first flat index.
@@ -85,8 +100,8 @@ def merge_tensors(
 
 
 def merge_state_dicts(
-    base: Mapping[str, ops.Tensor] | None,
-    experts: Sequence[Mapping[str, ops.Tensor]],
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
     *,
     method: str,
     backend: str | None = None,
@@ -98,11 +113,110 @@ def merge_state_dicts(
 ) -> dict[str, ops.Tensor]:
     """Merge whole state dicts in memory; see `merge_tensors`. All must hold the same names."""
     check_nan_policy(nan_policy)
+    ready = _prepared(base, experts, method, params, backend, seed, masks, chunk_elements)
+    out = {job.key: empty_dense(job.like, job.dtype) for job in ready.jobs}
+    bad = run_walks(
+        ready.kernels,
+        [
+            (walk, job.operands, ops.buffer_of(out[job.key], job.key))
+            for job, walk in zip(ready.jobs, ready.walks, strict=True)
+        ],
+        ready.limit,
+    )
+    for job, found in zip(ready.jobs, bad, strict=True):
+        if found and nan_policy == "error":
+            _refuse_nonfinite(job)
+    return {key: out[key] for key in ready.order}
+
+
+def merge_to_4bit(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    *,
+    method: str,
+    format: str = "nf4",
+    dtype: str | torch.dtype | None = None,
+    rounding: str = "nearest",
+    backend: str | None = None,
+    seed: int = 0,
+    name: str = "tensor",
+    masks: Sequence[Any] | None = None,
+    chunk_elements: int | None = None,
+    **params: Any,
+) -> QuantTensor:
+    """Merge one tensor of several models straight into codes: what is merged is never stored dense.
+
+    The bytes are those of `quantize_4bit(merge_tensors(...))`, where the merge is of `dtype`.
+
+    Args:
+        base, experts, method, seed, name, masks, chunk_elements, params: see `merge_tensors`.
+        format, rounding: see `quantize_4bit`.
+        dtype: what merged values are rounded to before they are coded, nearest even; default: the type of the
+            base, or of the first expert.
+    Returns:
+        A `QuantTensor` of the kind of the base, or of the first expert, on its device.
+    Raises:
+        RecipeError: unknown method, parameter, format, rounding or dtype. ConflictError: shapes or dtypes, or
+            a shape that the format cannot hold.
+        NonFiniteError: NaN or infinity in an operand, or beyond `dtype` when merged.
+    """
+    kept = None if masks is None else {name: masks}
+    ready = _prepared(
+        None if base is None else {name: base},
+        [{name: e} for e in experts],
+        method,
+        params,
+        backend,
+        seed,
+        kept,
+        chunk_elements,
+    )
+    (job,), (walk,) = ready.jobs, ready.walks
+    coding = coding_of(format, tuple(job.like.shape), parsed(dtype) or job.dtype, rounding)
+    coded = code(ready.kernels, walk, job.operands, coding, job.like, ready.limit)
+    if coded is None:
+        _refuse_nonfinite(job, coding.dtype)
+    return coded
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor to merge. like: the operand whose kind, shape and device the result has; dtype: its type."""
+
+    key: str
+    tensor: ModelTensor
+    operands: Operands
+    like: Tensor
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Jobs with their walks, in sorted order of name. order: the names as they were given."""
+
+    kernels: Kernels
+    jobs: Sequence[_Job]
+    walks: Sequence[Walk | Copy]
+    limit: int
+    order: Sequence[str]
+
+
+def _prepared(
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    method: str,
+    params: Mapping[str, Any],
+    backend: str | None,
+    seed: int,
+    masks: Mapping[str, Sequence[Any]] | None,
+    chunk_elements: int | None,
+) -> _Ready:
+    """Check the operands, choose the kernels and run the statistics."""
     spec = get(method)
     delta_base, operands = _spec_operands(spec, base, experts)
     resolved = keyword_params(spec, len(operands), base is not None, params)
     first = operands[0] if delta_base is None else delta_base
-    jobs: list[tuple[str, ModelTensor, Operands, Any]] = []
+    jobs: list[_Job] = []
     n_model = sum(math.prod(t.shape) for t in first.values())
     device = "cpu"
     for key in sorted(first):
@@ -118,67 +232,48 @@ def merge_state_dicts(
         compute = DType.F64 if wide else DType.F32
         if jobs and buffers[0].device != device:
             raise ConflictError(
-                f"{jobs[0][0]!r} is on {device} but {key!r} on {buffers[0].device}; "
+                f"{jobs[0].key!r} is on {device} but {key!r} on {buffers[0].device}; "
                 "merge the tensors of each device on their own"
             )
         device = buffers[0].device
+        dtype = like.dtype if isinstance(like, QuantTensor) else buffers[0].dtype
         origin = buffers.pop(0) if delta_base is not None else None
         tensor = ModelTensor(resolved, context, cols, compute)
-        jobs.append((key, tensor, Operands(origin, buffers, cols, compute), like))
+        jobs.append(_Job(key, tensor, Operands(origin, buffers, cols, compute), like, dtype))
     kernels = ops.choose(device, backend)
     limit = chunk_elements or kernels.chunk_elements
     walks = _walks(kernels, spec, resolved, jobs, limit)
-    kernels = ops.choose(device, backend, walks)
-    out = {
-        key: ops.empty_like(like, (held.base or held.experts[0]).dtype)
-        for key, _, held, like in jobs
-    }
-    bad = run_walks(
-        kernels,
-        [
-            (walk, held, ops.buffer_of(out[key], key))
-            for (key, _, held, _), walk in zip(jobs, walks, strict=True)
-        ],
-        limit,
-    )
-    for (key, _, held, _), found in zip(jobs, bad, strict=True):
-        if found and nan_policy == "error":
-            _refuse_nonfinite(key, held)
-    return {key: out[key] for key in first}
+    return _Ready(ops.choose(device, backend, walks), jobs, walks, limit, list(first))
 
 
 def _walks(
     kernels: Any,
     spec: MethodSpec,
     params: Params,
-    jobs: Sequence[tuple[str, ModelTensor, Operands, Any]],
+    jobs: Sequence[_Job],
     limit: int,
 ) -> list[Walk | Copy]:
     if spec.scope_for(params) is not Scope.MODEL:
-        return [resolve(kernels, spec, params, t.context, o, limit) for _, t, o, _ in jobs]
+        return [resolve(kernels, spec, params, j.tensor.context, j.operands, limit) for j in jobs]
 
     def visit(
         feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
     ) -> None:
         for t in sorted(wanted):
-            held, ranges = jobs[t][2], wanted[t]
+            held, ranges = jobs[t].operands, wanted[t]
             for a, b in ((0, held.n),) if ranges is None else ranges:
                 for _, chunk in held.slice(a, b).chunks(size, limit):
                     feed(t, chunk)
 
-    return resolve_model(kernels, spec, [t for _, t, _, _ in jobs], visit)
+    return resolve_model(kernels, spec, [j.tensor for j in jobs], visit)
 
 
-def _refuse_nonfinite(key: str, held: Operands) -> None:
+def _refuse_nonfinite(job: _Job, coded_as: DType | None = None) -> NoReturn:
+    held = job.operands
     labels = (["base"] if held.base else []) + [f"experts[{k}]" for k in range(len(held.experts))]
-    for label, buffer in zip(labels, held.operands, strict=True):
-        assert isinstance(buffer, Buffer)
-        index = first_nonfinite(buffer)
-        if index is not None:
-            raise NonFiniteError(
-                f"{key!r} of {label} holds NaN or infinity at flat index {index}; "
-                "mend it or give nan_policy='propagate'"
-            )
+    remedy = "mend it" if coded_as else "mend it or give nan_policy='propagate'"
+    dtype = coded_as or job.dtype
+    refuse_nonfinite(held, [f"{job.key!r} of {label}" for label in labels], remedy, dtype)
 
 
 def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
@@ -193,9 +288,9 @@ def _buffers(key: str, base: Any | None, operands: Sequence[Any]) -> list[Any]:
                 f"{key!r} is {list(everything[0][key].shape)} in {labels[0]} but "
                 f"{list(state[key].shape)} in {label}"
             )
-        buffers.append(ops.buffer_of(state[key], f"{key!r} of {label}"))
+        buffers.append(operand_of(state[key], f"{key!r} of {label}"))
     ops.one_device(buffers, [f"{key!r} of {label}" for label in labels])
     return buffers
 
 
-__all__ = ["merge_state_dicts", "merge_tensors"]
+__all__ = ["merge_state_dicts", "merge_tensors", "merge_to_4bit"]

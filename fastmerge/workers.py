@@ -369,6 +369,7 @@ class _Shared:
             io=_listed(r.io for r in reports),
             stages=stages,
             spans=[s for r in reports for s in r.spans],
+            residuals={name: of for r in reports for name, of in r.residuals.items()},
             warnings=list(dict.fromkeys(w for r in reports for w in r.warnings)),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -56,6 +56,14 @@ class Residual:
     def add(self, errors: float, squares: float) -> None:
         self.errors += errors
         self.squares += squares
+
+    @classmethod
+    def of_all(cls, parts: Iterable[Residual]) -> Residual:
+        """Return the sums over several tensors."""
+        total = cls()
+        for part in parts:
+            total.add(part.errors, part.squares)
+        return total
 
     @property
     def relative_rms(self) -> float:

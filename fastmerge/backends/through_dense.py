@@ -15,7 +15,8 @@ from fastmerge.dtypes import DType
 from fastmerge.stages import Statistic, Walk
 
 
-def _decoded(operand: Buffer | Coded | None) -> Buffer | None:
+def decoded(operand: Buffer | Coded | None) -> Buffer | None:
+    """Return an operand on the host as numbers: float32 of codes."""
     if not isinstance(operand, Coded):
         return operand
     from fastmerge import _cpu
@@ -27,8 +28,8 @@ def _decoded(operand: Buffer | Coded | None) -> Buffer | None:
 
 def dense(chunk: Chunk) -> Chunk:
     """Return the chunk with every coded operand decoded to float32."""
-    experts = [e for x in chunk.experts if (e := _decoded(x)) is not None]
-    return replace(chunk, base=_decoded(chunk.base), experts=experts)
+    experts = [e for x in chunk.experts if (e := decoded(x)) is not None]
+    return replace(chunk, base=decoded(chunk.base), experts=experts)
 
 
 def code(out: Coded, values: Buffer) -> None:
@@ -45,7 +46,7 @@ def code(out: Coded, values: Buffer) -> None:
     row, rows = out.start // out.cols, -(-n // out.cols)
     _cpu.encode(lower_coded(_cpu, out), row, rows, wide.ctypes.data)
     if out.residual is not None:
-        found = _decoded(replace(out, residual=None))
+        found = decoded(replace(out, residual=None))
         assert found is not None
         errors = bytes_of(found).view(np.float32).astype(np.float64) - wide
         out.residual.add(float(errors @ errors), float(wide.astype(np.float64) @ wide))
