@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmerge.backends import Residual
-
 if TYPE_CHECKING:
     from fastmerge.engine import Report
     from fastmerge.forecast import Forecast
@@ -53,6 +51,8 @@ def _what_coding_cost(report: Report, plan: Plan) -> list[str]:
     """Return a line of what was coded, and how far that is from the merge where this run coded it."""
     if plan.quantize is None or not plan.coded:
         return []
+    from fastmerge.backends import Residual
+
     line = (
         f"coded {len(plan.coded)} tensors as {plan.quantize.format}, "
         f"{_bits_per_coded_weight(plan):.2f} bits per weight"
