@@ -15,11 +15,9 @@ FM_HD inline void decode_row(const Coded& c, int64_t row, int64_t col, int m, fl
         case Format::Int4:
             return decode_int4(c, row, col, m, out);
         case Format::Nvfp4:
-            return c.group == 16 ? decode_micro<Nvfp4Group, 16>(c, row, col, m, out)
-                                 : decode_micro<Nvfp4Group, 0>(c, row, col, m, out);
+            return decode_micro<Nvfp4Group>(c, row, col, m, out);
         case Format::Mxfp4:
-            return c.group == 32 ? decode_micro<Mxfp4Group, 32>(c, row, col, m, out)
-                                 : decode_micro<Mxfp4Group, 0>(c, row, col, m, out);
+            return decode_micro<Mxfp4Group>(c, row, col, m, out);
         case Format::Gptq:
         case Format::Awq:
             return decode_words(c, row, col, m, out);

@@ -10,10 +10,6 @@ FM_HD inline void pack_halves(const uint8_t* code, uint8_t* bytes) {
     for (int j = 0; j < 16; ++j) bytes[j] = uint8_t(code[j] | code[j + 16] << 4);
 }
 
-FM_HD inline void unpack_halves(const uint8_t* bytes, uint8_t* code) {
-    for (int j = 0; j < 16; ++j) code[j] = bytes[j] & 15, code[j + 16] = bytes[j] >> 4;
-}
-
 FM_HD inline float reciprocal_or_zero(float d) {
     return d != 0 ? 1.f / d : 0.f;
 }
@@ -32,7 +28,7 @@ FM_HD inline float signed_peak(const float* x) {
 struct BlockQ4_0 {
     static constexpr int elements = 32, bytes = 18;
 
-    FM_HD static int code(float v) { return int(clamped(v + 8.5f, 0.f, 15.f)); }
+    FM_EACH static int code(float v) { return int(clamped(v + 8.5f, 0.f, 15.f)); }
     FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
         const float peak = signed_peak(x);
         float d = peak / -8.f;
@@ -41,7 +37,7 @@ struct BlockQ4_0 {
                 const float candidate = peak * clip / -8.f, r = reciprocal_or_zero(candidate);
                 const float stored = rounded_to<DType::F16>(candidate);
                 return squared_error(32,
-                                     [&](int64_t j) { return stored * float(code(x[j] * r) - 8) - x[j]; });
+                                     [&](int64_t j) FM_EACH_LAMBDA { return stored * float(code(x[j] * r) - 8) - x[j]; });
             };
             d = peak * best_integer_clip(error) / -8.f;
         }
@@ -53,16 +49,15 @@ struct BlockQ4_0 {
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p));
-        uint8_t codes[32];
-        unpack_halves(p + 2, codes);
-        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j] - 8);
+        const Values v = values_of([&](int k) { return d * float(k - 8); });
+        decode_halves<16>(v, v, p + 2, out);
     }
 };
 
 struct BlockQ4_1 {
     static constexpr int elements = 32, bytes = 20;
 
-    FM_HD static int code(float v) { return int(clamped(v + 0.5f, 0.f, 15.f)); }
+    FM_EACH static int code(float v) { return int(clamped(v + 0.5f, 0.f, 15.f)); }
     /// The least element; of zeros with both signs the first, as a sequential search finds it.
     FM_HD static Range range(const float* x) {
         Range r = range_of(x, 32);
@@ -81,7 +76,7 @@ struct BlockQ4_1 {
                 const float m = low_of(clip), step = whole * clip, r = reciprocal_or_zero(step);
                 const float stored = rounded_to<DType::F16>(step), base = rounded_to<DType::F16>(m);
                 return squared_error(
-                    32, [&](int64_t j) { return stored * float(code((x[j] - m) * r)) + base - x[j]; });
+                    32, [&](int64_t j) FM_EACH_LAMBDA { return stored * float(code((x[j] - m) * r)) + base - x[j]; });
             };
             const float clip = best_integer_clip(error);
             low = low_of(clip), d = whole * clip;
@@ -95,9 +90,8 @@ struct BlockQ4_1 {
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p)), low = half_to_float(load_half_word(p + 2));
-        uint8_t codes[32];
-        unpack_halves(p + 4, codes);
-        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j]) + low;
+        const Values v = values_of([&](int k) { return d * float(k) + low; });
+        decode_halves<16>(v, v, p + 4, out);
     }
 };
 
@@ -105,7 +99,7 @@ struct BlockQ8_0 {
     static constexpr int elements = 32, bytes = 34;
 
     /// Halves away from zero. x - r is exact.
-    FM_HD static int rounded(float x) {
+    FM_EACH static int rounded(float x) {
         const int r = nearest_int(x);
         const float rest = x - float(r);
         return r + ((rest == 0.5f) & (x > 0)) - ((rest == -0.5f) & (x < 0));
@@ -133,11 +127,8 @@ struct BlockMxfp4 {
         pack_halves(codes, p + 1);
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
-        const float d = e8m0_to_float(*p);
-        uint8_t codes[32];
-        unpack_halves(p + 1, codes);
-        look_up<32, E2m1>(codes, 32, out);
-        for (int j = 0; j < 32; ++j) out[j] *= d;
+        const Values v = book_values<E2m1>(e8m0_to_float(*p));
+        decode_halves<16>(v, v, p + 1, out);
     }
 };
 
@@ -146,16 +137,11 @@ struct BlockNvfp4 {
     static constexpr int elements = 64, bytes = 36;
 
     FM_HD static void decode(const Coded& c, const uint8_t* p, float* out) {
-        uint8_t codes[64];
-        for (int g = 0; g < 4; ++g)
-            for (int j = 0; j < 8; ++j) {
-                codes[16 * g + j] = p[4 + 8 * g + j] & 15;
-                codes[16 * g + j + 8] = p[4 + 8 * g + j] >> 4;
-            }
-        look_up<64, E2m1>(codes, 64, out);
         for (int g = 0; g < 4; ++g) {
             const float d = (p[g] & 0x7f) == 0x7f ? 0.f : e4m3_to_float(p[g] & 0x7f);
-            for (int j = 0; j < 16; ++j) out[16 * g + j] = out[16 * g + j] * d * c.tensor_scale;
+            Values v = book_values<E2m1>(d);
+            v = values_of([&](int k) { return v.of[k] * c.tensor_scale; });
+            decode_halves<8>(v, v, p + 4 + 8 * g, out + 16 * g);
         }
     }
 };

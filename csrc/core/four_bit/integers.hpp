@@ -1,5 +1,6 @@
 // Integer codes with a scale per group and, asymmetric, a zero point: compressed-tensors pack-quantized.
 #pragma once
+#include "core/four_bit/lookup.hpp"
 #include "core/four_bit/search.hpp"
 
 namespace fastmerge {
@@ -31,7 +32,7 @@ FM_HD inline Affine int4_affine(float low, float high, bool symmetric) {
 
 /// Code -8..7 of a value. A zero of 0 changes nothing that was rounded before.
 template <DType T>
-FM_HD inline int int4_code(float x, Affine a) {
+FM_EACH int int4_code(float x, Affine a) {
     const float v = rounded_to<T>(rounded_to<T>(x / a.scale) + a.zero);
     return nearest_int(clamped(v, -8.f, 7.f));
 }
@@ -50,7 +51,7 @@ FM_HD inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) {
     if (!c.search) return affine(1.f);
     return affine(best_integer_clip([&](float clip) {
         const Affine a = affine(clip);
-        return squared_error(n, [&](int64_t j) {
+        return squared_error(n, [&](int64_t j) FM_EACH_LAMBDA {
             return rounded_to<T>((float(int4_code<CODES>(x[j], a)) - a.zero) * a.scale) - x[j];
         });
     }));
@@ -64,13 +65,15 @@ FM_HD inline void int4_codes(const float* x, int n, Affine a, uint8_t* code) {
 template <DType T, DType CODES>
 FM_HD inline Affine encode_int4_group(const Coded& c, const float* x, int64_t n, uint8_t* bytes) {
     const Affine a = int4_affine_of<T, CODES>(c, x, n);
-    uint8_t code[PIECE];
-    for (; n >= PIECE; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
-        int4_codes<CODES, PIECE>(x, PIECE, a, code);
-        pack_nibbles<false, PIECE>(code, PIECE, 0, bytes);
+    for (; n > 0; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
+        const int m = int(n < PIECE ? n : PIECE);
+        with_count(m, [&](auto count) {
+            constexpr int N = decltype(count)::value;
+            uint8_t code[PIECE];
+            int4_codes<CODES, N>(x, m, a, code);
+            pack_nibbles<false, N>(code, m, 0, bytes);
+        });
     }
-    int4_codes<CODES, 0>(x, int(n), a, code);
-    pack_nibbles<false, 0>(code, int(n), 0, bytes);
     return a;
 }
 
@@ -90,7 +93,7 @@ FM_HD inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col
             if (col + j + n == c.cols)
                 for (int64_t b = (c.cols + 1) / 2; b < row_bytes; ++b) c.codes[at * row_bytes + b] = 0;
         }
-        if (!c.symmetric) memcpy(c.zeros + (stored_row(c, row) / 8 * groups + g) * 4, &zeros, sizeof zeros);
+        if (!c.symmetric) store_word(c.zeros, stored_row(c, row) / 8 * groups + g, zeros);
     }
 }
 
@@ -106,40 +109,27 @@ FM_HD inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col
         encode_int4<DType::F32, DType::F32>(c, row, rows, col, cols, x, stride);
 }
 
-FM_HD inline float int4_zero(const Coded& c, int64_t row, int64_t g) {
-    if (c.symmetric) return 8;
-    uint32_t word;
-    memcpy(&word, c.zeros + (row / 8 * groups_of_row(c) + g) * 4, sizeof word);
-    return float(word >> 4 * (row % 8) & 15);
-}
-
-/// Values in the type of the scale, to which the product is rounded.
-template <DType T, int N>
-FM_HD inline void int4_values(const uint8_t* code, int n, Affine a, float* out) {
-    for (int j = 0; j < trips<N>(n); ++j) out[j] = rounded_to<T>((float(code[j]) - a.zero) * a.scale);
-}
-
-template <int N>
-FM_HD inline void decode_int4_piece(const Coded& c, int64_t row, int64_t col, int n, float* out) {
-    const int64_t g = col / group_size(c), row_bytes = (c.cols + 7) / 8 * 4;
-    const float scale = load_scale(c.scales, c.scale_type, row * groups_of_row(c) + g);
-    const float zero = int4_zero(c, row, g);
-    uint8_t code[PIECE];
-    unpack_nibbles<false, N>(c.codes + row * row_bytes, col, n, code);
-    const ScaleType t = c.scale_type;
-    if (t == ScaleType::BF16)
-        int4_values<DType::BF16, N>(code, n, {scale, zero}, out);
-    else if (t == ScaleType::F16)
-        int4_values<DType::F16, N>(code, n, {scale, zero}, out);
-    else
-        int4_values<DType::F32, N>(code, n, {scale, zero}, out);
-}
-
-/// Columns [col, col + m) of a stored row.
+/// Columns [col, col + m) of a stored row. Scales are of type T, to which values are rounded.
+template <DType T, ScaleType S>
 FM_HD inline void decode_int4(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    visit_pieces(group_size(c), col, m, out, [&](auto count, int64_t at, int n, float* to) {
-        decode_int4_piece<decltype(count)::value>(c, row, at, n, to);
+    const int64_t groups = groups_of_row(c);
+    const uint8_t* bytes = c.codes + row * ((c.cols + 7) / 8 * 4);
+    visit_pieces(group_size(c), col, m, out, [&](auto count, int64_t g, int64_t at, int n, float* to) {
+        constexpr int N = decltype(count)::value;
+        Affine a = {load_scale(c.scales, S, row * groups + g), 8};
+        if (!c.symmetric) a.zero = float(load_word(c.zeros, row / 8 * groups + g) >> 4 * (row % 8) & 15);
+        const Values v = values_of([&](int k) { return rounded_to<T>((float(k) - a.zero) * a.scale); });
+        decode_pairs<false, N>(v, bytes, at, n, to);
     });
+}
+
+FM_HD inline void decode_int4(const Coded& c, int64_t row, int64_t col, int m, float* out) {
+    if (c.scale_type == ScaleType::BF16)
+        decode_int4<DType::BF16, ScaleType::BF16>(c, row, col, m, out);
+    else if (c.scale_type == ScaleType::F16)
+        decode_int4<DType::F16, ScaleType::F16>(c, row, col, m, out);
+    else
+        decode_int4<DType::F32, ScaleType::F32>(c, row, col, m, out);
 }
 
 }  // namespace FM_ISA

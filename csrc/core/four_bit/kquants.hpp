@@ -175,12 +175,12 @@ struct BlockQ4_K {
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p)), dmin = half_to_float(load_half_word(p + 2));
-        for (int s = 0; s < subs; ++s) {
+        const auto values = [&](int s) {
             const float scale = d * float(scale_bits(p + 4, s)), low = dmin * float(minimum_bits(p + 4, s));
-            const uint8_t* q = p + 16 + s / 2 * 32;
-            const int shift = s % 2 * 4;
-            for (int i = 0; i < SUB; ++i) out[s * SUB + i] = scale * float(q[i] >> shift & 15) - low;
-        }
+            return values_of([&](int k) { return scale * float(k) - low; });
+        };
+        for (int s = 0; s < subs; s += 2)
+            decode_halves<SUB>(values(s), values(s + 1), p + 16 + 16 * s, out + SUB * s);
     }
 };
 

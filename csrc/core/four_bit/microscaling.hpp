@@ -9,8 +9,8 @@ namespace FM_ISA {
 
 /// Magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6; bit 3 is the sign.
 struct E2m1 {
-    FM_HD static float value(int code) {
-        const float values[16] = {0.f,  0.5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+    FM_EACH static constexpr float value(int code) {
+        constexpr float values[16] = {0.f,  0.5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                   -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
         return values[code];
     }
@@ -19,13 +19,13 @@ struct E2m1 {
 /// Where the magnitude steps up. Ties go to the even mantissa; or, as GGUF has them, to the lower one.
 template <bool LOWER>
 struct Steps {
-    FM_HD static int count(float a) {
+    FM_EACH static int count(float a) {
         if constexpr (LOWER)
             return (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) +
                    (a > 5.f);
         return (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
     }
-    FM_HD static float value(float a) {
+    FM_EACH static float value(float a) {
         const int halves = count(a) + (a > 2.5f) + (LOWER ? a > 3.5f : a >= 3.5f) + 3 * (a > 5.f);
         return float(halves) * 0.5f;
     }
@@ -33,14 +33,14 @@ struct Steps {
 
 /// The code of v; a negative that rounds to zero keeps its sign, but in GGUF.
 template <bool GGUF>
-FM_HD inline int e2m1_code(float v) {
+FM_EACH int e2m1_code(float v) {
     const int magnitude = Steps<GGUF>::count(absolute(v));
     return magnitude | ((v < 0) & (!GGUF | (magnitude > 0)) ? 8 : 0);
 }
 
 /// The value that v is coded as.
 template <bool GGUF>
-FM_HD inline float e2m1_nearest(float v) {
+FM_EACH float e2m1_nearest(float v) {
     const float magnitude = Steps<GGUF>::value(absolute(v));
     return v < 0 ? -magnitude : magnitude;
 }
@@ -49,13 +49,13 @@ FM_HD inline float e2m1_nearest(float v) {
 
 /// E8M0 code of a block's scale. The largest magnitude comes to lie in [4, 8), by the OCP's rule; or, as
 /// compressed-tensors has it, in [3.5, 7).
-FM_HD inline int mx_exponent(float peak, bool ocp) {
+FM_EACH int mx_exponent(float peak, bool ocp) {
     const int e = int((bit_cast<uint32_t>(peak) + (ocp ? 0u : 1u << 21)) >> 23) - 2;
     return e > 0 ? e : 0;
 }
 
 /// 2^(127 - e), e <= 254.
-FM_HD inline float mx_reciprocal(int e) {
+FM_EACH float mx_reciprocal(int e) {
     return e == 254 ? 5.877471754111438e-39f : bit_cast<float>(uint32_t(254 - e) << 23);
 }
 
@@ -66,7 +66,7 @@ FM_HD inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
     const auto error = [&](int exponent) {
         const float scale = e8m0_to_float(exponent), reciprocal = mx_reciprocal(exponent);
         return squared_error(n,
-                             [&](int64_t j) { return e2m1_nearest<GGUF>(x[j] * reciprocal) * scale - x[j]; });
+                             [&](int64_t j) FM_EACH_LAMBDA { return e2m1_nearest<GGUF>(x[j] * reciprocal) * scale - x[j]; });
     };
     return error(e + 1) < error(e) ? e + 1 : e;
 }
@@ -80,7 +80,7 @@ struct Mxfp4Group {
         for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(e2m1_code<false>(x[j] * reciprocal));
         return e;
     }
-    FM_HD static float scale(const Coded&, uint32_t code) { return e8m0_to_float(code); }
+    FM_EACH static float scale(const Coded&, uint32_t code) { return e8m0_to_float(code); }
 };
 
 // ---- NVFP4 -----------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ FM_HD inline float nvfp4_divisor(DType type, float peak) {
 }
 
 struct Nvfp4Group {
-    FM_HD static float scale(const Coded& c, uint32_t code) { return e4m3_to_float(code) / c.tensor_scale; }
+    FM_EACH static float scale(const Coded& c, uint32_t code) { return e4m3_to_float(code) / c.tensor_scale; }
 
     /// E4M3 code of the scale that brings `peak` to `target`.
     FM_HD static uint32_t scale_code(const Coded& c, float peak, float target) {
@@ -106,7 +106,7 @@ struct Nvfp4Group {
         if (c.search) {
             const auto error = [&](uint32_t candidate) {
                 const float s = scale(c, candidate);
-                return squared_error(n, [&](int64_t j) { return e2m1_nearest<false>(x[j] / s) * s - x[j]; });
+                return squared_error(n, [&](int64_t j) FM_EACH_LAMBDA { return e2m1_nearest<false>(x[j] / s) * s - x[j]; });
             };
             const uint32_t four = scale_code(c, peak, 4.f);
             best = error(four) < error(best) ? four : best;
@@ -139,33 +139,15 @@ FM_HD inline void encode_micro(const Coded& c, int64_t row, int rows, int64_t co
         encode_micro_row<Group, N>(c, stored_row(c, row + r), col, cols, x + r * stride);
 }
 
-template <class Group, int N, int GROUP>
-FM_HD inline void decode_micro_piece(const Coded& c, int64_t row, int64_t col, int n, float* out) {
-    uint8_t code[PIECE];
-    unpack_nibbles<false, N>(c.codes + row * (c.cols / 2), col, n, code);
-    look_up<N, E2m1>(code, n, out);
-    const uint8_t* scales = c.scales + row * groups_of_row(c) + col / trips<GROUP>(c.group);
-    const int group = N ? trips<GROUP>(c.group) : n;  // else all is of one group
-    for (int g = 0; g * group < trips<N>(n); ++g) {
-        const float scale = Group::scale(c, scales[g]);
-        for (int j = 0; j < group; ++j) out[g * group + j] *= scale;
-    }
-}
-
 /// Columns [col, col + m) of a stored row.
-template <class Group, int GROUP>
+template <class Group>
 FM_HD inline void decode_micro(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    while (m > 0) {
-        int n = PIECE;
-        if (GROUP && col % PIECE == 0 && m >= PIECE) {
-            decode_micro_piece<Group, GROUP ? PIECE : 0, GROUP>(c, row, col, n, out);
-        } else {
-            n = int(c.group - col % c.group) < m ? int(c.group - col % c.group) : m;
-            n = n < PIECE ? n : PIECE;
-            decode_micro_piece<Group, 0, GROUP>(c, row, col, n, out);
-        }
-        col += n, m -= n, out += n;
-    }
+    const uint8_t* bytes = c.codes + row * (c.cols / 2);
+    const uint8_t* scales = c.scales + row * groups_of_row(c);
+    visit_pieces(c.group, col, m, out, [&](auto count, int64_t g, int64_t at, int n, float* to) {
+        constexpr int N = decltype(count)::value;
+        decode_pairs<false, N>(book_values<E2m1>(Group::scale(c, scales[g])), bytes, at, n, to);
+    });
 }
 
 }  // namespace FM_ISA

@@ -8,39 +8,48 @@
 namespace fastmerge {
 namespace FM_ISA {
 
+// A function of one element: loops over it vectorise only where it is inlined.
+#if defined(__CUDACC__)
+#define FM_EACH FM_HD __forceinline__
+#define FM_EACH_LAMBDA
+#else
+#define FM_EACH __attribute__((always_inline)) inline
+#define FM_EACH_LAMBDA __attribute__((always_inline))
+#endif
+
 /// Elements that loops over a group take at a time: with a constant trip count they vectorise.
 constexpr int PIECE = 64;
 
 template <int N>
-FM_HD inline int trips(int n) {
+FM_EACH int trips(int n) {
     return N ? N : n;
 }
 
 template <DType T>
-FM_HD inline float rounded_to(float x) {
+FM_EACH float rounded_to(float x) {
     if constexpr (T == DType::F16) return half_to_float(float_to_half(x));
     if constexpr (T == DType::BF16) return bf16_to_float(float_to_bf16(x));
     return x;
 }
 
-FM_HD inline float rounded_to(DType t, float x) {
+FM_EACH float rounded_to(DType t, float x) {
     return t == DType::F16 ? rounded_to<DType::F16>(x) : t == DType::BF16 ? rounded_to<DType::BF16>(x) : x;
 }
 
 /// NaN becomes `low`.
-FM_HD inline float clamped(float x, float low, float high) {
+FM_EACH float clamped(float x, float low, float high) {
     const float y = x > low ? x : low;
     return y < high ? y : high;
 }
 
 /// The nearest integer, halves to even. |x| < 2^22: the sum has no bits below one.
-FM_HD inline int32_t nearest_int(float x) {
+FM_EACH int32_t nearest_int(float x) {
     return bit_cast<int32_t>(x + 12582912.f) - 0x4b400000;
 }
 
 // ---- reductions: in integers, which vectorise and whose order never shows --------------------------------
 
-FM_HD inline int32_t magnitude_bits(float x) {
+FM_EACH int32_t magnitude_bits(float x) {
     return bit_cast<int32_t>(x) & 0x7fffffff;
 }
 
@@ -54,7 +63,7 @@ FM_HD inline float peak_of(const float* x, int64_t n) {
 }
 
 /// An integer with the order of x; -0 is below 0. Its own inverse.
-FM_HD inline int32_t ordered(int32_t bits) {
+FM_EACH int32_t ordered(int32_t bits) {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
@@ -86,15 +95,25 @@ FM_HD inline void store_half_word(uint8_t* p, uint16_t h) {
     memcpy(p, &h, sizeof h);
 }
 
+FM_HD inline uint32_t load_word(const uint8_t* words, int64_t i) {
+    uint32_t word;
+    memcpy(&word, words + i * 4, sizeof word);
+    return word;
+}
+
+FM_HD inline void store_word(uint8_t* words, int64_t i, uint32_t word) {
+    memcpy(words + i * 4, &word, sizeof word);
+}
+
 /// E4M3: 4 exponent bits of bias 7, no infinities; 0x7f is NaN.
-FM_HD inline float e4m3_to_float(uint32_t code) {
+FM_EACH float e4m3_to_float(uint32_t code) {
     const float magnitude = bit_cast<float>((code & 0x7fu) << 20) * 1.329227995784916e36f;  // 2^120
     const uint32_t nan = (code & 0x7fu) == 0x7fu ? 0x7fc00000u : 0u;
     return bit_cast<float>(bit_cast<uint32_t>(magnitude) | nan | (code & 0x80u) << 24);
 }
 
 /// Nearest even; beyond 448 it saturates.
-FM_HD inline uint32_t float_to_e4m3(float x) {
+FM_EACH uint32_t float_to_e4m3(float x) {
     const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 24 & 0x80u;
     uint32_t magnitude = u & 0x7fffffffu;
     const uint32_t nan = magnitude > 0x7f800000u ? 0x7fu : 0u;
@@ -106,7 +125,7 @@ FM_HD inline uint32_t float_to_e4m3(float x) {
 }
 
 /// E8M0: 2^(code - 127); 255 is NaN.
-FM_HD inline float e8m0_to_float(uint32_t code) {
+FM_EACH float e8m0_to_float(uint32_t code) {
     const uint32_t bits = code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : code << 23;
     return bit_cast<float>(bits);
 }
@@ -165,23 +184,6 @@ FM_HD inline float store_scale(uint8_t* scales, ScaleType t, int64_t i, float s)
 
 // ---- nibbles ---------------------------------------------------------------------------------------------
 
-/// Codes of nibbles [first, first + n); n <= PIECE. N: a constant count, for which `first` is even.
-template <bool HIGH_FIRST, int N>
-FM_HD inline void unpack_nibbles(const uint8_t* bytes, int64_t first, int n, uint8_t* code) {
-    if constexpr (N > 0) {
-        const uint8_t* p = bytes + first / 2;
-        for (int j = 0; j < N / 2; ++j) {
-            code[2 * j] = HIGH_FIRST ? p[j] >> 4 : p[j] & 15;
-            code[2 * j + 1] = HIGH_FIRST ? p[j] & 15 : p[j] >> 4;
-        }
-    } else {
-        for (int j = 0; j < n; ++j) {
-            const int64_t at = first + j;
-            code[j] = uint8_t(bytes[at / 2] >> (((at & 1) != 0) != HIGH_FIRST ? 4 : 0) & 15);
-        }
-    }
-}
-
 /// Bytes of n codes; of an odd count the last nibble is `rest`.
 template <bool HIGH_FIRST, int N>
 FM_HD inline void pack_nibbles(const uint8_t* code, int n, uint8_t rest, uint8_t* bytes) {
@@ -220,18 +222,25 @@ struct Count {
     static constexpr int value = N;
 };
 
-/// body(Count, at, n, out) for pieces of [at, at + m) within one group each. The count is constant for a
-/// whole piece that begins on a byte of nibbles.
+/// body(Count) of n: constant where it is 64, 32 or 16.
 template <class Body>
-FM_HD inline void visit_pieces(int64_t group, int64_t at, int m, float* out, Body body) {
+FM_EACH void with_count(int n, Body body) {
+    if (n == 64) return body(Count<64>());
+    if (n == 32) return body(Count<32>());
+    if (n == 16) return body(Count<16>());
+    body(Count<0>());
+}
+
+/// body(Count, group number, at, n, out) for pieces of [at, at + m) within one group each. The count is constant
+/// where a piece of 64, 32 or 16 begins on a byte of nibbles.
+template <class Body>
+FM_EACH void visit_pieces(int64_t group, int64_t at, int m, float* out, Body body) {
+    int64_t number = at / group, left = group - at % group;
     while (m > 0) {
-        const int64_t left = group - at % group;
         const int most = int(left < PIECE ? left : PIECE), n = most < m ? most : m;
-        if (n == PIECE && at % 2 == 0)
-            body(Count<PIECE>(), at, n, out);
-        else
-            body(Count<0>(), at, n, out);
-        at += n, m -= n, out += n;
+        with_count(at % 2 == 0 ? n : 0, [&](auto count) { body(count, number, at, n, out); });
+        at += n, m -= n, out += n, left -= n;
+        number += left == 0, left = left == 0 ? group : left;
     }
 }
 

@@ -8,7 +8,7 @@ namespace FM_ISA {
 
 /// Sum of difference(j)^2 over j < n: 16 running sums, then a tree, whatever the instruction set.
 template <class F>
-FM_HD inline float squared_error(int64_t n, F difference) {
+FM_EACH float squared_error(int64_t n, F difference) {
     float sum[16] = {};
     int64_t j = 0;
     for (; j + 16 <= n; j += 16)

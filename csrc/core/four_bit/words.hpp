@@ -6,18 +6,8 @@
 namespace fastmerge {
 namespace FM_ISA {
 
-FM_HD inline uint32_t load_word(const uint8_t* words, int64_t i) {
-    uint32_t word;
-    memcpy(&word, words + i * 4, sizeof word);
-    return word;
-}
-
-FM_HD inline void store_word(uint8_t* words, int64_t i, uint32_t word) {
-    memcpy(words + i * 4, &word, sizeof word);
-}
-
 /// Where output t of 8 lies in a word of AWQ: nibble t / 2 for even t, 4 + t / 2 for odd.
-FM_HD inline int awq_nibble(int64_t t) {
+FM_EACH int awq_nibble(int64_t t) {
     return int(t % 2 * 4 + t % 8 / 2);
 }
 
@@ -41,7 +31,7 @@ FM_HD inline WordScale word_scale(const Coded& c, float low, float high) {
     return {scale, rounded_to<DType::F16>(scale), zero};
 }
 
-FM_HD inline int word_code(float x, WordScale s) {
+FM_EACH int word_code(float x, WordScale s) {
     return nearest_int(clamped((x + s.zero * s.scale) / s.stored, 0.f, 15.f));
 }
 
@@ -52,7 +42,7 @@ FM_HD inline WordScale word_scale_of(const Coded& c, const float* x, int64_t n) 
     const float clip = best_integer_clip([&](float factor) {
         const WordScale s = word_scale(c, low * factor, high * factor);
         return squared_error(
-            n, [&](int64_t j) { return (float(word_code(x[j], s)) - s.zero) * s.stored - x[j]; });
+            n, [&](int64_t j) FM_EACH_LAMBDA { return (float(word_code(x[j], s)) - s.zero) * s.stored - x[j]; });
     });
     return word_scale(c, low * clip, high * clip);
 }
@@ -102,25 +92,34 @@ FM_HD inline void encode_word_rows(const Coded& c, int64_t row, int rows, int64_
                          cols - j < group ? cols - j : group, x + r * stride + j, stride);
 }
 
+/// Scale and zero of a row's group.
+FM_HD inline Affine word_affine(const Coded& c, int64_t row, int64_t g) {
+    const int nibble = c.format == Format::Awq ? awq_nibble(row) : int(row % 8);
+    const uint32_t stored = load_word(c.zeros, g * (c.rows / 8) + row / 8) >> 4 * nibble;
+    const float scale = half_to_float(load_half_word(c.scales + (g * c.rows + row) * 2));
+    return {scale, float((stored + uint32_t(shift_of_zeros(c))) & 15)};
+}
+
+/// Code of a row and a column.
+FM_EACH int word_code_at(const Coded& c, int64_t row, int64_t col) {
+    if (c.format == Format::Awq)
+        return load_word(c.codes, col * (c.rows / 8) + row / 8) >> 4 * awq_nibble(row) & 15;
+    return load_word(c.codes, col / 8 * c.rows + row) >> 4 * (col % 8) & 15;
+}
+
 /// Columns [col, col + m) of a row.
 FM_HD inline void decode_words(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    const bool awq = c.format == Format::Awq;
-    const int64_t words = c.rows / 8, group = group_size(c);
-    const int shift = 4 * (awq ? awq_nibble(row) : int(row % 8));
-    int64_t known = -1;
-    float scale = 0, zero = 0;
-    for (int j = 0; j < m; ++j) {
-        const int64_t k = col + j, g = c.group_of ? c.group_of[k] : k / group;
-        if (g != known) {
-            const uint32_t stored = load_word(c.zeros, g * words + row / 8) >> shift;
-            zero = float((stored + shift_of_zeros(c)) & 15);
-            scale = half_to_float(load_half_word(c.scales + (g * c.rows + row) * 2));
-            known = g;
+    if (c.group_of) {
+        for (int j = 0; j < m; ++j) {
+            const Affine a = word_affine(c, row, c.group_of[col + j]);
+            out[j] = (float(word_code_at(c, row, col + j)) - a.zero) * a.scale;
         }
-        const uint32_t word = awq ? load_word(c.codes, k * words + row / 8) >> shift
-                                  : load_word(c.codes, k / 8 * c.rows + row) >> 4 * (k % 8);
-        out[j] = (float(word & 15) - zero) * scale;
+        return;
     }
+    visit_pieces(group_size(c), col, m, out, [&](auto, int64_t g, int64_t at, int n, float* to) {
+        const Affine a = word_affine(c, row, g);
+        for (int j = 0; j < n; ++j) to[j] = (float(word_code_at(c, row, at + j)) - a.zero) * a.scale;
+    });
 }
 
 }  // namespace FM_ISA
