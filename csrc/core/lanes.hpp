@@ -1,7 +1,8 @@
 // Vectors as wide as the instruction set's registers, through the compiler's vector extension (gcc, clang).
 //
 // Only for loops that keep several running values in registers, which automatic vectorisation gives up on.
-// Every operation is lane by lane, so width never shows in a result. Intrinsics stay in this file.
+// Every operation is lane by lane, so width never shows in a result. Intrinsics stay in this file and in
+// core/four_bit/lanes.hpp.
 #pragma once
 #include "core/types.hpp"
 
@@ -271,100 +272,6 @@ inline Words gather(const uint32_t* table, const uint32_t* index) {
     return words;
 #endif
 }
-
-// ---- 4-bit codes as indices into 16 floats ---------------------------------------------------------------
-
-#if defined(__SSSE3__)
-#define FM_LOOK_UP 1  // codes pass through registers
-
-/// Sixteen floats, in whatever registers look one up.
-class Table {
-  public:
-    explicit Table(const float* values) {
-#if defined(__AVX512F__)
-        all_ = _mm512_loadu_ps(values);
-#elif defined(__AVX2__)
-        low_ = _mm256_loadu_ps(values), high_ = _mm256_loadu_ps(values + 8);
-#else
-        // Byte b of each float, a table of bytes: four by four within each register, then across.
-        const __m128i gather = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        __m128i v[4];
-        for (int k = 0; k < 4; ++k) v[k] = _mm_shuffle_epi8(__m128i(_mm_loadu_ps(values + 4 * k)), gather);
-        const __m128i a = _mm_unpacklo_epi32(v[0], v[1]), b = _mm_unpacklo_epi32(v[2], v[3]),
-                      c = _mm_unpackhi_epi32(v[0], v[1]), d = _mm_unpackhi_epi32(v[2], v[3]);
-        byte_[0] = _mm_unpacklo_epi64(a, b), byte_[1] = _mm_unpackhi_epi64(a, b);
-        byte_[2] = _mm_unpacklo_epi64(c, d), byte_[3] = _mm_unpackhi_epi64(c, d);
-#endif
-    }
-    /// The floats of 16 codes, a byte each.
-    void look_up(__m128i codes, float* out) const {
-#if defined(__AVX512F__)
-        const __m512i at = _mm512_maskz_cvtepu8_epi32(0xffff, codes);
-        _mm512_storeu_ps(out, _mm512_maskz_permutexvar_ps(0xffff, at, all_));
-#elif defined(__AVX2__)
-        look_up_half(_mm256_cvtepu8_epi32(codes), out);
-        look_up_half(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)), out + 8);
-#else
-        __m128i b[4];
-        for (int k = 0; k < 4; ++k) b[k] = _mm_shuffle_epi8(byte_[k], codes);
-        const __m128i low01 = _mm_unpacklo_epi8(b[0], b[1]), low23 = _mm_unpacklo_epi8(b[2], b[3]),
-                      high01 = _mm_unpackhi_epi8(b[0], b[1]), high23 = _mm_unpackhi_epi8(b[2], b[3]);
-        __m128i* to = reinterpret_cast<__m128i*>(out);
-        _mm_storeu_si128(to, _mm_unpacklo_epi16(low01, low23));
-        _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low01, low23));
-        _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(high01, high23));
-        _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
-#endif
-    }
-
-  private:
-#if defined(__AVX512F__)
-    __m512 all_;
-#elif defined(__AVX2__)
-    void look_up_half(__m256i at, float* out) const {
-        const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // as the sign
-        const __m256 a = _mm256_permutevar8x32_ps(low_, at), b = _mm256_permutevar8x32_ps(high_, at);
-        _mm256_storeu_ps(out, _mm256_blendv_ps(a, b, bit3));
-    }
-    __m256 low_, high_;
-#else
-    __m128i byte_[4];
-#endif
-};
-
-inline __m128i low_nibbles(__m128i bytes) {
-    return _mm_and_si128(bytes, _mm_set1_epi8(15));
-}
-inline __m128i high_nibbles(__m128i bytes) {
-    return low_nibbles(_mm_srli_epi16(bytes, 4));
-}
-
-/// N floats of pairs of codes, N a multiple of 16.
-template <bool HIGH_FIRST, int N>
-inline void look_up_pairs(const float* values, const uint8_t* bytes, float* out) {
-    const Table table(values);
-    for (int j = 0; j < N; j += 16) {
-        const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + j / 2));
-        const __m128i low = low_nibbles(x), high = high_nibbles(x);
-        table.look_up(HIGH_FIRST ? _mm_unpacklo_epi8(high, low) : _mm_unpacklo_epi8(low, high), out + j);
-    }
-}
-
-/// The floats of N low nibbles, then of the N high ones; N a multiple of 16, or 8.
-template <int N>
-inline void look_up_halves(const float* low, const float* high, const uint8_t* bytes, float* out) {
-    const Table first(low), second(high);
-    if constexpr (N == 8) {
-        const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-        first.look_up(_mm_unpacklo_epi64(low_nibbles(x), high_nibbles(x)), out);
-    }
-    for (int j = 0; j + 16 <= N; j += 16) {
-        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + j));
-        first.look_up(low_nibbles(x), out + j);
-        second.look_up(high_nibbles(x), out + N + j);
-    }
-}
-#endif
 
 /// Bit j is set iff half-word j is below the threshold, 0 < threshold <= 65535.
 inline uint64_t halves_below(TwoLongs x, uint32_t threshold) {

@@ -32,14 +32,13 @@ struct Nf4 {
         return values[rank];
     }
     FM_EACH static constexpr float value(int code) { return ranked(code); }
-    FM_EACH static int code_of_rank(int rank) { return rank; }
 };
 
 /// Not E2M1: magnitudes 0, 1/16, 8, 12, 4, 6, 2, 3 of 12.
 struct Fp4 {
     static constexpr bool is_fp4 = true;
     FM_EACH static constexpr float value(int code) {
-        constexpr float values[8] = {0.f,        0.0625f / 12, 8.f / 12, 12.f / 12,
+        constexpr float values[8] = {0.f,      0.0625f / 12, 8.f / 12, 12.f / 12,
                                      4.f / 12, 6.f / 12,     2.f / 12, 3.f / 12};
         return code & 8 ? -values[code & 7] : values[code];
     }
@@ -57,44 +56,65 @@ struct Midpoint {
     static constexpr float value = (Book::ranked(K) + Book::ranked(K + 1)) / 2;
 };
 
-/// Midpoints K.. strictly below s: a tie takes the lower rank.
-template <class Book, int... K>
-FM_EACH int count_midpoints(float s, std::integer_sequence<int, K...>) {
-    return (int(s > Midpoint<Book, K>::value) + ...);
+/// Of the nearest value, by the midpoints strictly below s: a tie takes the lower rank.
+template <class Book, class V, int... K>
+FM_EACH auto code_by_midpoints(V s, std::integer_sequence<int, K...>) {
+    decltype(as_int(s)) code{};
+    if constexpr (Book::is_fp4) {
+        code += Book::code_of_rank(0);
+        ((code = if_above(s, Midpoint<Book, K>::value, Book::code_of_rank(K + 1), code)), ...);
+    } else {
+        ((code = plus_if_above(code, s, Midpoint<Book, K>::value)), ...);
+    }
+    return code;
 }
 
-template <class Book>
-FM_EACH int book_code(float s) {
-    return Book::code_of_rank(count_midpoints<Book>(s, std::make_integer_sequence<int, 15>()));
-}
-
-/// The value of book_code, without a table.
-template <class Book, int... K>
-FM_EACH float nearest_value(float s, std::integer_sequence<int, K...>) {
-    float value = Book::ranked(0);
-    ((value = s > Midpoint<Book, K>::value ? Book::ranked(K + 1) : value), ...);
+template <class Book, class V, int... K>
+FM_EACH V value_by_midpoints(V s, std::integer_sequence<int, K...>) {
+    V value = V{} + Book::ranked(0);
+    ((value = if_above(s, Midpoint<Book, K>::value, Book::ranked(K + 1), value)), ...);
     return value;
 }
 
-/// As the CUDA kernel has it: thresholds on the magnitude, ties towards zero, a negative zero keeps its sign.
-FM_EACH int fp4_code_by_magnitude(float s) {
-    const float a = absolute(s);
-    int rank = (a > 0.00260417f) + (a > 0.0859375f) + (a > 0.20833333f) + (a > 0.29166667f);
-    rank += (a > 0.4166667f) + (a > 0.583333f) + (a > 0.8333333f);
-    return (s < 0 ? 8 : 0) | (rank ^ (rank & 2) << 1);
+/// As the CUDA kernel has FP4: thresholds on the magnitude, ties towards zero, a negative zero keeps its
+/// sign.
+template <int K>
+struct CudaThreshold {
+    static constexpr float of[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
+                                    0.4166667f,  0.583333f,  0.8333333f};
+    static constexpr float value = of[K];
+};
+
+template <class V, int... K>
+FM_EACH auto fp4_code_by_magnitude(V s, std::integer_sequence<int, K...>) {
+    decltype(as_int(s)) code{};
+    ((code = if_above(absolute(s), CudaThreshold<K>::value, Fp4::code_of_rank(K + 9) & 7, code)), ...);
+    return plus_if_above(code, -s, 0.f, 8);
 }
 
-template <class Book, bool CUDA_RULE>
-FM_EACH int bnb_code(float s) {
-    if constexpr (CUDA_RULE && Book::is_fp4) return fp4_code_by_magnitude(s);
-    return book_code<Book>(s);
+template <class V, int... K>
+FM_EACH V fp4_value_by_magnitude(V s, std::integer_sequence<int, K...>) {
+    V value{};
+    ((value = if_above(absolute(s), CudaThreshold<K>::value, Fp4::ranked(K + 9), value)), ...);
+    return if_above(-s, 0.f, -value, value);
 }
 
-/// The value of bnb_code.
-template <class Book, bool CUDA_RULE>
-FM_EACH float bnb_nearest(float s) {
-    if constexpr (CUDA_RULE && Book::is_fp4) return Book::value(fp4_code_by_magnitude(s));
-    return nearest_value<Book>(s, std::make_integer_sequence<int, 15>());
+/// The code of a scaled value.
+template <class Book, bool CUDA_RULE, class V>
+FM_EACH auto bnb_code(V s) {
+    if constexpr (CUDA_RULE && Book::is_fp4)
+        return fp4_code_by_magnitude(s, std::make_integer_sequence<int, 7>());
+    else
+        return code_by_midpoints<Book>(s, std::make_integer_sequence<int, 15>());
+}
+
+/// The value of that code.
+template <class Book, bool CUDA_RULE, class V>
+FM_EACH V bnb_nearest(V s) {
+    if constexpr (CUDA_RULE && Book::is_fp4)
+        return fp4_value_by_magnitude(s, std::make_integer_sequence<int, 7>());
+    else
+        return value_by_midpoints<Book>(s, std::make_integer_sequence<int, 15>());
 }
 
 /// How a block is scaled before it is coded: times the reciprocal, but by division in a short last block of
@@ -109,25 +129,17 @@ FM_HD inline BnbScale bnb_scale(float peak, bool is_short, bool cuda_rule) {
     return {divisor, 1.f / divisor, is_short && !cuda_rule};
 }
 
-template <class Book, bool CUDA_RULE, int N>
-FM_HD inline void bnb_codes(const float* x, int n, BnbScale s, uint8_t* code) {
-    if (s.divide)
-        for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] / s.divisor));
-    else
-        for (int j = 0; j < trips<N>(n); ++j)
-            code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] * s.reciprocal));
-}
-
 /// What is stored as a block's largest magnitude: that, or the best of 26 factors of it, 0.60 to 1.10.
 template <class Book, bool CUDA_RULE>
 FM_HD inline float bnb_peak(const Coded& c, const float* x, int n) {
     const float peak = peak_of(x, n);
     if (!c.search) return peak;
-    return peak * best_clip(30, 55, 1, 50, [&](float clip) {
-               const BnbScale s = bnb_scale(peak * clip, n < c.group, CUDA_RULE);
-               return squared_error(n, [&](int64_t j) FM_EACH_LAMBDA {
-                   const float v = s.divide ? x[j] / s.divisor : x[j] * s.reciprocal;
-                   return bnb_nearest<Book, CUDA_RULE>(v) * (peak * clip) - x[j];
+    return peak * best_clip(30, 55, 50, [&](float clip) {
+               const float stored = peak * clip;
+               const BnbScale s = bnb_scale(stored, n < c.group, CUDA_RULE);
+               return squared_error(x, n, [&](auto v) FM_EACH_LAMBDA {
+                   return bnb_nearest<Book, CUDA_RULE>(s.divide ? v / s.divisor : v * s.reciprocal) * stored -
+                          v;
                });
            });
 }
@@ -136,19 +148,17 @@ template <class Book, bool CUDA_RULE>
 FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
     const float peak = bnb_peak<Book, CUDA_RULE>(c, x, n);
     const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
-    const float stored = s.divide ? s.divisor : peak;
-    memcpy(c.scales + block * 4, &stored, sizeof stored);
+    store_scale(c.scales, ScaleType::F32, block, s.divide ? s.divisor : peak);
     uint8_t* bytes = c.codes + block * c.group / 2;
-    const uint8_t rest = uint8_t(bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal));
-    for (; n > 0; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
-        const int m = n < PIECE ? n : PIECE;
-        with_count(m, [&](auto count) {
-            constexpr int N = decltype(count)::value;
-            uint8_t code[PIECE];
-            bnb_codes<Book, CUDA_RULE, N>(x, m, s, code);
-            pack_nibbles<true, N>(code, m, rest, bytes);
-        });
-    }
+    const int rest = bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal);
+    if (s.divide)
+        encode_pairs<true>(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return bnb_code<Book, CUDA_RULE>(v / s.divisor); }, rest,
+            bytes);
+    else
+        encode_pairs<true>(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return bnb_code<Book, CUDA_RULE>(v * s.reciprocal); }, rest,
+            bytes);
 }
 
 /// Code flat elements [first, first + n); `first` begins a block.
@@ -169,10 +179,9 @@ FM_HD inline float bnb_absmax(const Coded& c, int64_t block, int64_t first) {
 template <class Book>
 FM_HD inline void decode_bnb(const Coded& c, int64_t flat, int m, float* out) {
     const int64_t first = c.origin / c.group;
-    visit_pieces(c.group, flat, m, out, [&](auto count, int64_t block, int64_t at, int n, float* to) {
-        constexpr int N = decltype(count)::value;
-        const float scale = bnb_absmax(c, block, first);
-        decode_pairs<true, N>(book_values<Book>(scale), c.codes, at - c.origin, n, to);
+    visit_groups(c.group, flat, m, out, [&](int64_t block, int64_t at, int n, float* to) {
+        const Values v = book_values<Book>(bnb_absmax(c, block, first));
+        decode_pairs<true>(v, c.codes, at - c.origin, n, to);
     });
 }
 

@@ -14,9 +14,9 @@ FM_HD inline int64_t fp8_scale_at(const Coded& c, int64_t row, int64_t col) {
 FM_HD inline void decode_fp8(const Coded& c, int64_t row, int64_t col, int m, float* out) {
     const int64_t group = c.group_rows ? group_size(c) : c.cols, of_row = fp8_scale_at(c, row, 0);
     const uint8_t* codes = c.codes + row * c.cols;
-    visit_pieces(group, col, m, out, [&](auto count, int64_t g, int64_t at, int n, float* to) {
+    visit_groups(group, col, m, out, [&](int64_t g, int64_t at, int n, float* to) {
         const float scale = load_scale(c.scales, c.scale_type, of_row + g);
-        for (int j = 0; j < trips<decltype(count)::value>(n); ++j) to[j] = e4m3_to_float(codes[at + j]) * scale;
+        for (int j = 0; j < n; ++j) to[j] = e4m3_to_float(codes[at + j]) * scale;
     });
 }
 
@@ -24,10 +24,7 @@ FM_HD inline void decode_fp8(const Coded& c, int64_t row, int64_t col, int m, fl
 FM_HD inline void decode_int8(const Coded& c, int64_t row, int64_t col, int m, float* out) {
     const float scale = load_scale(c.scales, ScaleType::F32, row);
     const uint8_t* codes = c.codes + row * c.cols;
-    visit_pieces(c.cols, col, m, out, [&](auto count, int64_t, int64_t at, int n, float* to) {
-        for (int j = 0; j < trips<decltype(count)::value>(n); ++j)
-            to[j] = float(int8_t(codes[at + j])) * scale / 127.f;
-    });
+    for (int j = 0; j < m; ++j) out[j] = float(int8_t(codes[col + j])) * scale / 127.f;
 }
 
 FM_HD inline float fp8_scale_of(float peak) {

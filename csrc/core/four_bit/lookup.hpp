@@ -1,11 +1,8 @@
-// Values of 4-bit codes: whatever a format computes from a code and its group's scale, it computes for 16 codes.
+// Values of 4-bit codes: what a format computes from a code and its group's scale, it computes for 16 codes.
 #pragma once
 #include <utility>
 
 #include "core/four_bit/scalars.hpp"
-#if !defined(__CUDACC__)
-#include "core/lanes.hpp"
-#endif
 
 namespace fastmerge {
 namespace FM_ISA {
@@ -16,7 +13,7 @@ struct Values {
 };
 
 template <class F>
-FM_EACH Values values_of(F value) {
+FM_EACH Values values_of(const F& value) {
     Values v;
     FM_UNROLL for (int k = 0; k < 16; ++k) v.of[k] = value(k);
     return v;
@@ -33,13 +30,17 @@ FM_EACH Values book_values(float scale) {
     return scaled_book<Book>(scale, std::make_integer_sequence<int, 16>());
 }
 
-/// Of n nibbles from number `first`. N: a constant count, for which `first` is even.
-template <bool HIGH_FIRST, int N>
+/// Of n nibbles from number `first`.
+template <bool HIGH_FIRST>
 FM_EACH void decode_pairs(const Values& v, const uint8_t* bytes, int64_t first, int n, float* out) {
+    int j = 0;
 #if defined(FM_LOOK_UP)
-    if constexpr (N > 0) return look_up_pairs<HIGH_FIRST, N>(v.of, bytes + first / 2, out);
+    if (first % 2 == 0 && n >= 16) {
+        j = n / 16 * 16;
+        look_up_pairs<HIGH_FIRST>(v.of, bytes + first / 2, j, out);
+    }
 #endif
-    for (int j = 0; j < trips<N>(n); ++j) {
+    for (; j < n; ++j) {
         const int64_t at = first + j;
         out[j] = v.of[bytes[at / 2] >> (((at & 1) != 0) != HIGH_FIRST ? 4 : 0) & 15];
     }
