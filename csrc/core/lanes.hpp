@@ -1,7 +1,8 @@
 // Vectors as wide as the instruction set's registers, through the compiler's vector extension (gcc, clang).
 //
 // Only for loops that keep several running values in registers, which automatic vectorisation gives up on.
-// Every operation is lane by lane, so width never shows in a result. Intrinsics stay in this file.
+// Every operation is lane by lane, so width never shows in a result. Intrinsics stay in this file and in
+// core/four_bit/lanes.hpp.
 #pragma once
 #include "core/types.hpp"
 

@@ -7,79 +7,114 @@
 namespace fastmerge {
 namespace FM_ISA {
 
-#define FM_NF4_VALUES                                                                                  \
-    -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
-        -0.18477343022823334f, -0.09105003625154495f, 0.f, 0.07958029955625534f, 0.16093020141124725f, \
-        0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,         \
-        0.7229568362236023f, 1.f
-
-/// By code.
 struct Nf4 {
     static constexpr bool is_fp4 = false;
-    static constexpr int zero = 7;
-    FM_HD static float value(int code) {
-        const float values[16] = {FM_NF4_VALUES};
-        return values[code];
-    }
-    /// The value of each rank; ascending.
-    FM_HD static constexpr float ranked(int rank) {
-        constexpr float values[16] = {FM_NF4_VALUES};
+    /// By rank: ascending.
+    FM_EACH static constexpr float ranked(int rank) {
+        constexpr float values[16] = {
+            -1.f,
+            -0.6961928009986877f,
+            -0.5250730514526367f,
+            -0.39491748809814453f,
+            -0.28444138169288635f,
+            -0.18477343022823334f,
+            -0.09105003625154495f,
+            0.f,
+            0.07958029955625534f,
+            0.16093020141124725f,
+            0.24611230194568634f,
+            0.33791524171829224f,
+            0.44070982933044434f,
+            0.5626170039176941f,
+            0.7229568362236023f,
+            1.f,
+        };
         return values[rank];
     }
-    FM_HD static int code_of_rank(int rank) { return rank; }
+    FM_EACH static constexpr float value(int code) { return ranked(code); }
 };
 
 /// Not E2M1: magnitudes 0, 1/16, 8, 12, 4, 6, 2, 3 of 12.
 struct Fp4 {
     static constexpr bool is_fp4 = true;
-    static constexpr int zero = 0;
-    FM_HD static constexpr float ranked(int rank) {
-        constexpr float twelfths[8] = {0.f, 0.0625f, 2.f, 3.f, 4.f, 6.f, 8.f, 12.f};
-        return rank < 8 ? (rank == 7 ? 0.f : -(twelfths[7 - rank] / 12.f)) : twelfths[rank - 8] / 12.f;
+    FM_EACH static constexpr float value(int code) {
+        constexpr float values[8] = {0.f,      0.0625f / 12, 8.f / 12, 12.f / 12,
+                                     4.f / 12, 6.f / 12,     2.f / 12, 3.f / 12};
+        return code & 8 ? -values[code & 7] : values[code];
     }
     /// Ranks 7 and 8 are the two zeros, of which 0 sorts before -0 (code 8).
-    FM_HD static int code_of_rank(int rank) {
+    FM_EACH static constexpr int code_of_rank(int rank) {
         const int magnitude = rank < 8 ? 7 - rank : rank - 8;
-        const int sign = (rank < 7) | (rank == 8) ? 8 : 0;
-        return sign | (magnitude ^ (magnitude & 2) << 1);
+        return ((rank < 7) | (rank == 8) ? 8 : 0) | (magnitude ^ (magnitude & 2) << 1);
     }
-    FM_HD static float value(int code) {
-        const float twelfths[8] = {0.f, 0.0625f, 8.f, 12.f, 4.f, 6.f, 2.f, 3.f};
-        const float magnitude = twelfths[code & 7] / 12.f;
-        return code & 8 ? -magnitude : magnitude;
-    }
+    FM_EACH static constexpr float ranked(int rank) { return value(code_of_rank(rank)); }
 };
 
-/// The code of a scaled value: midpoints strictly below it are counted, so a tie takes the lower one.
-template <class Book>
-FM_HD inline int book_code(float s) {
-    int rank = 0;
-    FM_UNROLL for (int k = 0; k < 15; ++k) rank += s > (Book::ranked(k) + Book::ranked(k + 1)) / 2;
-    return Book::code_of_rank(rank);
+/// Between the values of ranks K and K + 1.
+template <class Book, int K>
+struct Midpoint {
+    static constexpr float value = (Book::ranked(K) + Book::ranked(K + 1)) / 2;
+};
+
+/// Of the nearest value, by the midpoints strictly below s: a tie takes the lower rank.
+template <class Book, class V, int... K>
+FM_EACH auto code_by_midpoints(V s, std::integer_sequence<int, K...>) {
+    decltype(as_int(s)) code{};
+    if constexpr (Book::is_fp4) {
+        code += Book::code_of_rank(0);
+        ((code = if_above(s, Midpoint<Book, K>::value, Book::code_of_rank(K + 1), code)), ...);
+    } else {
+        ((code = plus_if_above(code, s, Midpoint<Book, K>::value)), ...);
+    }
+    return code;
 }
 
-/// As the CUDA kernel has it: thresholds on the magnitude, ties towards zero, a negative zero keeps its sign.
-FM_HD inline int fp4_code_by_magnitude(float s) {
-    const float a = absolute(s);
-    int rank = (a > 0.00260417f) + (a > 0.0859375f) + (a > 0.20833333f) + (a > 0.29166667f);
-    rank += (a > 0.4166667f) + (a > 0.583333f) + (a > 0.8333333f);
-    return (s < 0 ? 8 : 0) | (rank ^ (rank & 2) << 1);
-}
-
-template <class Book, bool CUDA_RULE>
-FM_HD inline int bnb_code(float s) {
-    if constexpr (CUDA_RULE && Book::is_fp4) return fp4_code_by_magnitude(s);
-    return book_code<Book>(s);
-}
-
-/// The value of bnb_code, without a table.
-template <class Book, bool CUDA_RULE>
-FM_HD inline float bnb_nearest(float s) {
-    if constexpr (CUDA_RULE && Book::is_fp4) return Book::value(fp4_code_by_magnitude(s));
-    float value = Book::ranked(0);
-    FM_UNROLL for (int k = 0; k < 15; ++k) value =
-        s > (Book::ranked(k) + Book::ranked(k + 1)) / 2 ? Book::ranked(k + 1) : value;
+template <class Book, class V, int... K>
+FM_EACH V value_by_midpoints(V s, std::integer_sequence<int, K...>) {
+    V value = V{} + Book::ranked(0);
+    ((value = if_above(s, Midpoint<Book, K>::value, Book::ranked(K + 1), value)), ...);
     return value;
+}
+
+/// As the CUDA kernel has FP4: thresholds on the magnitude, ties towards zero, a negative zero keeps its
+/// sign.
+template <int K>
+struct CudaThreshold {
+    static constexpr float of[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
+                                    0.4166667f,  0.583333f,  0.8333333f};
+    static constexpr float value = of[K];
+};
+
+template <class V, int... K>
+FM_EACH auto fp4_code_by_magnitude(V s, std::integer_sequence<int, K...>) {
+    decltype(as_int(s)) code{};
+    ((code = if_above(absolute(s), CudaThreshold<K>::value, Fp4::code_of_rank(K + 9) & 7, code)), ...);
+    return plus_if_above(code, -s, 0.f, 8);
+}
+
+template <class V, int... K>
+FM_EACH V fp4_value_by_magnitude(V s, std::integer_sequence<int, K...>) {
+    V value{};
+    ((value = if_above(absolute(s), CudaThreshold<K>::value, Fp4::ranked(K + 9), value)), ...);
+    return if_above(-s, 0.f, -value, value);
+}
+
+/// The code of a scaled value.
+template <class Book, bool CUDA_RULE, class V>
+FM_EACH auto bnb_code(V s) {
+    if constexpr (CUDA_RULE && Book::is_fp4)
+        return fp4_code_by_magnitude(s, std::make_integer_sequence<int, 7>());
+    else
+        return code_by_midpoints<Book>(s, std::make_integer_sequence<int, 15>());
+}
+
+/// The value of that code.
+template <class Book, bool CUDA_RULE, class V>
+FM_EACH V bnb_nearest(V s) {
+    if constexpr (CUDA_RULE && Book::is_fp4)
+        return fp4_value_by_magnitude(s, std::make_integer_sequence<int, 7>());
+    else
+        return value_by_midpoints<Book>(s, std::make_integer_sequence<int, 15>());
 }
 
 /// How a block is scaled before it is coded: times the reciprocal, but by division in a short last block of
@@ -94,25 +129,17 @@ FM_HD inline BnbScale bnb_scale(float peak, bool is_short, bool cuda_rule) {
     return {divisor, 1.f / divisor, is_short && !cuda_rule};
 }
 
-template <class Book, bool CUDA_RULE, int N>
-FM_HD inline void bnb_codes(const float* x, int n, BnbScale s, uint8_t* code) {
-    if (s.divide)
-        for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] / s.divisor));
-    else
-        for (int j = 0; j < trips<N>(n); ++j)
-            code[j] = uint8_t(bnb_code<Book, CUDA_RULE>(x[j] * s.reciprocal));
-}
-
 /// What is stored as a block's largest magnitude: that, or the best of 26 factors of it, 0.60 to 1.10.
 template <class Book, bool CUDA_RULE>
 FM_HD inline float bnb_peak(const Coded& c, const float* x, int n) {
     const float peak = peak_of(x, n);
     if (!c.search) return peak;
-    return peak * best_clip(30, 55, 1, 50, [&](float clip) {
-               const BnbScale s = bnb_scale(peak * clip, n < c.group, CUDA_RULE);
-               return squared_error(n, [&](int64_t j) {
-                   const float v = s.divide ? x[j] / s.divisor : x[j] * s.reciprocal;
-                   return bnb_nearest<Book, CUDA_RULE>(v) * (peak * clip) - x[j];
+    return peak * best_clip(30, 55, 50, [&](float clip) {
+               const float stored = peak * clip;
+               const BnbScale s = bnb_scale(stored, n < c.group, CUDA_RULE);
+               return squared_error(x, n, [&](auto v) FM_EACH_LAMBDA {
+                   return bnb_nearest<Book, CUDA_RULE>(s.divide ? v / s.divisor : v * s.reciprocal) * stored -
+                          v;
                });
            });
 }
@@ -121,17 +148,17 @@ template <class Book, bool CUDA_RULE>
 FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
     const float peak = bnb_peak<Book, CUDA_RULE>(c, x, n);
     const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
-    const float stored = s.divide ? s.divisor : peak;
-    memcpy(c.scales + block * 4, &stored, sizeof stored);
+    store_scale(c.scales, ScaleType::F32, block, s.divide ? s.divisor : peak);
     uint8_t* bytes = c.codes + block * c.group / 2;
-    uint8_t code[PIECE];
-    const uint8_t rest = uint8_t(bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal));
-    for (; n >= PIECE; n -= PIECE, x += PIECE, bytes += PIECE / 2) {
-        bnb_codes<Book, CUDA_RULE, PIECE>(x, PIECE, s, code);
-        pack_nibbles<true, PIECE>(code, PIECE, 0, bytes);
-    }
-    bnb_codes<Book, CUDA_RULE, 0>(x, n, s, code);
-    pack_nibbles<true, 0>(code, n, rest, bytes);
+    const int rest = bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal);
+    if (s.divide)
+        encode_pairs<true>(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return bnb_code<Book, CUDA_RULE>(v / s.divisor); }, rest,
+            bytes);
+    else
+        encode_pairs<true>(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return bnb_code<Book, CUDA_RULE>(v * s.reciprocal); }, rest,
+            bytes);
 }
 
 /// Code flat elements [first, first + n); `first` begins a block.
@@ -142,26 +169,19 @@ FM_HD inline void encode_bnb(const Coded& c, int64_t first, int64_t n, const flo
         encode_bnb_block<Book, CUDA_RULE>(c, block, x + i, int(n - i < c.group ? n - i : c.group));
 }
 
-/// Scale of a block, counted from the tensor's first.
-FM_HD inline float bnb_absmax(const Coded& c, int64_t block) {
-    const int64_t at = block - c.origin / c.group;
-    if (!c.nested) return load_scale(c.scales, ScaleType::F32, at);
-    return dynamic_value(c.scales[at]) * c.nested[block / 256] + c.nested_offset;
+/// Scale of a block of the tensor; `first` is the first that `scales` holds.
+FM_HD inline float bnb_absmax(const Coded& c, int64_t block, int64_t first) {
+    if (!c.nested) return load_scale(c.scales, ScaleType::F32, block - first);
+    return dynamic_value(c.scales[block - first]) * c.nested[block / 256] + c.nested_offset;
 }
 
-template <class Book, int N>
-FM_HD inline void decode_bnb_piece(const Coded& c, int64_t flat, int n, float* out) {
-    uint8_t code[PIECE];
-    unpack_nibbles<true, N>(c.codes, flat - c.origin, n, code);
-    const float scale = bnb_absmax(c, flat / c.group);
-    look_up<N, Book>(code, n, out);
-    for (int j = 0; j < trips<N>(n); ++j) out[j] *= scale;
-}
-
+/// Flat elements [flat, flat + m).
 template <class Book>
 FM_HD inline void decode_bnb(const Coded& c, int64_t flat, int m, float* out) {
-    visit_pieces(c.group, flat, m, out, [&](auto count, int64_t at, int n, float* to) {
-        decode_bnb_piece<Book, decltype(count)::value>(c, at, n, to);
+    const int64_t first = c.origin / c.group;
+    visit_groups(c.group, flat, m, out, [&](int64_t block, int64_t at, int n, float* to) {
+        const Values v = book_values<Book>(bnb_absmax(c, block, first));
+        decode_pairs<true>(v, c.codes, at - c.origin, n, to);
     });
 }
 

@@ -15,11 +15,9 @@ FM_HD inline void decode_row(const Coded& c, int64_t row, int64_t col, int m, fl
         case Format::Int4:
             return decode_int4(c, row, col, m, out);
         case Format::Nvfp4:
-            return c.group == 16 ? decode_micro<Nvfp4Group, 16>(c, row, col, m, out)
-                                 : decode_micro<Nvfp4Group, 0>(c, row, col, m, out);
+            return decode_micro<Nvfp4Group>(c, row, col, m, out);
         case Format::Mxfp4:
-            return c.group == 32 ? decode_micro<Mxfp4Group, 32>(c, row, col, m, out)
-                                 : decode_micro<Mxfp4Group, 0>(c, row, col, m, out);
+            return decode_micro<Mxfp4Group>(c, row, col, m, out);
         case Format::Gptq:
         case Format::Awq:
             return decode_words(c, row, col, m, out);
@@ -48,15 +46,16 @@ FM_HD inline void decode_row(const Coded& c, int64_t row, int64_t col, int m, fl
 
 /// Add low_scale * (B A) to flat elements [flat, flat + m).
 FM_HD inline void add_low_rank(const Coded& c, int64_t flat, int m, float* out) {
+    constexpr int most = 64;
     for (int done = 0; done < m;) {
         const int64_t row = (flat + done) / c.cols, col = (flat + done) % c.cols;
-        int n = m - done < PIECE ? m - done : PIECE;
+        int n = m - done < most ? m - done : most;
         n = c.cols - col < n ? int(c.cols - col) : n;
-        float sum[PIECE] = {}, a[PIECE] = {}, b = 0;
+        float sum[most] = {}, a[most] = {}, b = 0;
         for (int r = 0; r < c.rank; ++r) {
             load_run(c.low_b, c.low_type, row * c.rank + r, 1, &b);
             load_run(c.low_a, c.low_type, r * c.cols + col, n, a);
-            for (int j = 0; j < PIECE; ++j) sum[j] += b * a[j];
+            for (int j = 0; j < most; ++j) sum[j] += b * a[j];
         }
         for (int j = 0; j < n; ++j) out[done + j] += c.low_scale * sum[j];
         done += n;

@@ -56,9 +56,7 @@ FM_HD inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t co
                                const float* x, int64_t stride) {
     for (int r = 0; r < rows; ++r) {
         const int64_t first = stored_row(c, row + r) * c.cols + col;
-        for (int64_t j = 0; j < cols; j += PIECE)
-            store_run(x + r * stride + j, c.codes, c.type, first + j,
-                      int(cols - j < PIECE ? cols - j : PIECE));
+        store_run(x + r * stride, c.codes, c.type, first, int(cols));
     }
 }
 
@@ -78,11 +76,9 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
         case Format::Int4:
             return encode_int4(c, row, rows, col, cols, x, stride);
         case Format::Nvfp4:
-            return c.group == 16 ? encode_micro<Nvfp4Group, 16>(c, row, rows, col, cols, x, stride)
-                                 : encode_micro<Nvfp4Group, 0>(c, row, rows, col, cols, x, stride);
+            return encode_micro<Nvfp4Group>(c, row, rows, col, cols, x, stride);
         case Format::Mxfp4:
-            return c.group == 32 ? encode_micro<Mxfp4Group, 32>(c, row, rows, col, cols, x, stride)
-                                 : encode_micro<Mxfp4Group, 0>(c, row, rows, col, cols, x, stride);
+            return encode_micro<Mxfp4Group>(c, row, rows, col, cols, x, stride);
         case Format::Gptq:
         case Format::Awq:
             return encode_word_rows(c, row, rows, col, cols, x, stride);

@@ -10,32 +10,21 @@ FM_HD inline int64_t fp8_scale_at(const Coded& c, int64_t row, int64_t col) {
     return c.group_rows == 0 ? 0 : row / c.group_rows * groups_of_row(c) + col / group_size(c);
 }
 
-template <int N>
-FM_HD inline void decode_fp8_piece(const Coded& c, int64_t row, int64_t col, int n, float* out) {
-    const float scale = load_scale(c.scales, c.scale_type, fp8_scale_at(c, row, col));
-    const uint8_t* codes = c.codes + row * c.cols + col;
-    for (int j = 0; j < trips<N>(n); ++j) out[j] = e4m3_to_float(codes[j]) * scale;
+/// Columns [col, col + m) of a stored row.
+FM_HD inline void decode_fp8(const Coded& c, int64_t row, int64_t col, int m, float* out) {
+    const int64_t group = c.group_rows ? group_size(c) : c.cols, of_row = fp8_scale_at(c, row, 0);
+    const uint8_t* codes = c.codes + row * c.cols;
+    visit_groups(group, col, m, out, [&](int64_t g, int64_t at, int n, float* to) {
+        const float scale = load_scale(c.scales, c.scale_type, of_row + g);
+        for (int j = 0; j < n; ++j) to[j] = e4m3_to_float(codes[at + j]) * scale;
+    });
 }
 
 /// q * scale / 127
-template <int N>
-FM_HD inline void decode_int8_piece(const Coded& c, int64_t row, int64_t col, int n, float* out) {
-    const float scale = load_scale(c.scales, ScaleType::F32, row);
-    const uint8_t* codes = c.codes + row * c.cols + col;
-    for (int j = 0; j < trips<N>(n); ++j) out[j] = float(int8_t(codes[j])) * scale / 127.f;
-}
-
-/// Columns [col, col + m) of a stored row.
-FM_HD inline void decode_fp8(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    visit_pieces(group_size(c), col, m, out, [&](auto count, int64_t at, int n, float* to) {
-        decode_fp8_piece<decltype(count)::value>(c, row, at, n, to);
-    });
-}
-
 FM_HD inline void decode_int8(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    visit_pieces(c.cols, col, m, out, [&](auto count, int64_t at, int n, float* to) {
-        decode_int8_piece<decltype(count)::value>(c, row, at, n, to);
-    });
+    const float scale = load_scale(c.scales, ScaleType::F32, row);
+    const uint8_t* codes = c.codes + row * c.cols;
+    for (int j = 0; j < m; ++j) out[j] = float(int8_t(codes[col + j])) * scale / 127.f;
 }
 
 FM_HD inline float fp8_scale_of(float peak) {

@@ -5,34 +5,27 @@
 namespace fastmerge {
 namespace FM_ISA {
 
-/// Byte j holds code j in its low nibble and code j + 16 in its high one.
-FM_HD inline void pack_halves(const uint8_t* code, uint8_t* bytes) {
-    for (int j = 0; j < 16; ++j) bytes[j] = uint8_t(code[j] | code[j + 16] << 4);
-}
-
-FM_HD inline void unpack_halves(const uint8_t* bytes, uint8_t* code) {
-    for (int j = 0; j < 16; ++j) code[j] = bytes[j] & 15, code[j + 16] = bytes[j] >> 4;
-}
-
 FM_HD inline float reciprocal_or_zero(float d) {
     return d != 0 ? 1.f / d : 0.f;
 }
 
-/// The element of the largest magnitude, the first of equals, of 32.
+/// The element of the largest magnitude, the first of equals, of 32; +0 if all are zero.
 FM_HD inline float signed_peak(const float* x) {
-    const int32_t peak = magnitude_bits(peak_of(x, 32));
-    int first = 32;
-    for (int j = 0; j < 32; ++j) {
-        const int at = magnitude_bits(x[j]) == peak ? j : 32;
-        first = at < first ? at : first;
-    }
-    return x[first];
+    const Range r = range_of(x, 32);
+    const float peak = larger(-r.low, r.high);
+    if (-r.low != r.high) return r.high == peak ? peak : -peak;
+    for (int j = 0; j < 32; ++j)
+        if (absolute(x[j]) == peak && peak > 0) return x[j];
+    return 0.f;
 }
 
 struct BlockQ4_0 {
     static constexpr int elements = 32, bytes = 18;
 
-    FM_HD static int code(float v) { return int(clamped(v + 8.5f, 0.f, 15.f)); }
+    template <class V>
+    FM_EACH static auto code(V scaled) {
+        return truncated(clamped(scaled + 8.5f, 0.f, 15.f));
+    }
     FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
         const float peak = signed_peak(x);
         float d = peak / -8.f;
@@ -40,64 +33,62 @@ struct BlockQ4_0 {
             const auto error = [&](float clip) {
                 const float candidate = peak * clip / -8.f, r = reciprocal_or_zero(candidate);
                 const float stored = rounded_to<DType::F16>(candidate);
-                return squared_error(32,
-                                     [&](int64_t j) { return stored * float(code(x[j] * r) - 8) - x[j]; });
+                return squared_error(
+                    x, 32, [&](auto v) FM_EACH_LAMBDA { return to_float(code(v * r) - 8) * stored - v; });
             };
             d = peak * best_integer_clip(error) / -8.f;
         }
         const float r = reciprocal_or_zero(d);
-        uint8_t codes[32];
-        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(code(x[j] * r));
         store_half_word(p, float_to_half(d));
-        pack_halves(codes, p + 2);
+        encode_halves(x, [&](auto v) FM_EACH_LAMBDA { return code(v * r); }, p + 2);
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p));
-        uint8_t codes[32];
-        unpack_halves(p + 2, codes);
-        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j] - 8);
+        const Values v = values_of([&](int k) FM_EACH_LAMBDA { return d * float(k - 8); });
+        decode_halves<16>(v, v, p + 2, out);
     }
 };
 
 struct BlockQ4_1 {
     static constexpr int elements = 32, bytes = 20;
 
-    FM_HD static int code(float v) { return int(clamped(v + 0.5f, 0.f, 15.f)); }
-    /// The least element; of zeros with both signs the first, as a sequential search finds it.
+    template <class V>
+    FM_EACH static auto code(V scaled) {
+        return truncated(clamped(scaled + 0.5f, 0.f, 15.f));
+    }
+    /// A least value of zero has the sign of the first zero, as a sequential search finds it.
     FM_HD static Range range(const float* x) {
         Range r = range_of(x, 32);
         for (int j = 31; j >= 0 && r.low == 0; --j) r.low = x[j] == 0 ? x[j] : r.low;
         return r;
     }
+    /// The least value where a range of 15 steps shrinks to a part of it, towards its middle.
+    FM_HD static float low_of(float low, float step, float clip) {
+        return clip < 1.f ? low + step * (1.f - clip) * 7.5f : low;
+    }
     FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
         const Range all = range(x);
         float low = all.low, d = (all.high - all.low) / 15.f;
-        if (c.search) {  // the range shrinks towards its middle
-            const float whole = d;
-            const auto low_of = [&](float clip) {
-                return clip < 1.f ? all.low + whole * (1.f - clip) * 7.5f : all.low;
-            };
+        if (c.search) {
             const auto error = [&](float clip) {
-                const float m = low_of(clip), step = whole * clip, r = reciprocal_or_zero(step);
+                const float m = low_of(low, d, clip), step = d * clip, r = reciprocal_or_zero(step);
                 const float stored = rounded_to<DType::F16>(step), base = rounded_to<DType::F16>(m);
-                return squared_error(
-                    32, [&](int64_t j) { return stored * float(code((x[j] - m) * r)) + base - x[j]; });
+                return squared_error(x, 32, [&](auto v) FM_EACH_LAMBDA {
+                    return to_float(code((v - m) * r)) * stored + base - v;
+                });
             };
             const float clip = best_integer_clip(error);
-            low = low_of(clip), d = whole * clip;
+            low = low_of(low, d, clip), d = d * clip;
         }
         const float r = reciprocal_or_zero(d);
-        uint8_t codes[32];
-        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(code((x[j] - low) * r));
         store_half_word(p, float_to_half(d));
         store_half_word(p + 2, float_to_half(low));
-        pack_halves(codes, p + 4);
+        encode_halves(x, [&](auto v) FM_EACH_LAMBDA { return code((v - low) * r); }, p + 4);
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p)), low = half_to_float(load_half_word(p + 2));
-        uint8_t codes[32];
-        unpack_halves(p + 4, codes);
-        for (int j = 0; j < 32; ++j) out[j] = d * float(codes[j]) + low;
+        const Values v = values_of([&](int k) FM_EACH_LAMBDA { return d * float(k) + low; });
+        decode_halves<16>(v, v, p + 4, out);
     }
 };
 
@@ -105,7 +96,7 @@ struct BlockQ8_0 {
     static constexpr int elements = 32, bytes = 34;
 
     /// Halves away from zero. x - r is exact.
-    FM_HD static int rounded(float x) {
+    FM_EACH static int rounded(float x) {
         const int r = nearest_int(x);
         const float rest = x - float(r);
         return r + ((rest == 0.5f) & (x > 0)) - ((rest == -0.5f) & (x < 0));
@@ -127,17 +118,12 @@ struct BlockMxfp4 {
     FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
         const int e = mx_exponent_of<true>(x, 32, true, c.search);
         const float reciprocal = mx_reciprocal(e);
-        uint8_t codes[32];
-        for (int j = 0; j < 32; ++j) codes[j] = uint8_t(e2m1_code<true>(x[j] * reciprocal));
         *p = uint8_t(e);
-        pack_halves(codes, p + 1);
+        encode_halves(x, [&](auto v) FM_EACH_LAMBDA { return e2m1_code<true>(v * reciprocal); }, p + 1);
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
-        const float d = e8m0_to_float(*p);
-        uint8_t codes[32];
-        unpack_halves(p + 1, codes);
-        look_up<32, E2m1>(codes, 32, out);
-        for (int j = 0; j < 32; ++j) out[j] *= d;
+        const Values v = book_values<E2m1>(e8m0_to_float(*p));
+        decode_halves<16>(v, v, p + 1, out);
     }
 };
 
@@ -146,16 +132,11 @@ struct BlockNvfp4 {
     static constexpr int elements = 64, bytes = 36;
 
     FM_HD static void decode(const Coded& c, const uint8_t* p, float* out) {
-        uint8_t codes[64];
-        for (int g = 0; g < 4; ++g)
-            for (int j = 0; j < 8; ++j) {
-                codes[16 * g + j] = p[4 + 8 * g + j] & 15;
-                codes[16 * g + j + 8] = p[4 + 8 * g + j] >> 4;
-            }
-        look_up<64, E2m1>(codes, 64, out);
         for (int g = 0; g < 4; ++g) {
             const float d = (p[g] & 0x7f) == 0x7f ? 0.f : e4m3_to_float(p[g] & 0x7f);
-            for (int j = 0; j < 16; ++j) out[16 * g + j] = out[16 * g + j] * d * c.tensor_scale;
+            Values v = book_values<E2m1>(d);
+            v = values_of([&](int k) FM_EACH_LAMBDA { return v.of[k] * c.tensor_scale; });
+            decode_halves<8>(v, v, p + 4 + 8 * g, out + 16 * g);
         }
     }
 };

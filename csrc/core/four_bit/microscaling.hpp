@@ -9,78 +9,92 @@ namespace FM_ISA {
 
 /// Magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6; bit 3 is the sign.
 struct E2m1 {
-    FM_HD static float value(int code) {
-        const float values[16] = {0.f,  0.5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
-                                  -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+    FM_EACH static constexpr float value(int code) {
+        constexpr float values[16] = {0.f,  0.5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                      -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
         return values[code];
     }
 };
 
-/// Where the magnitude steps up. Ties go to the even mantissa; or, as GGUF has them, to the lower one.
+/// Where the magnitude steps up. Ties go to the even mantissa: three thresholds are the floats just below
+/// 3/4, 7/4 and 7/2; or, as GGUF has them, to the lower one.
 template <bool LOWER>
 struct Steps {
-    FM_HD static int count(float a) {
-        if constexpr (LOWER)
-            return (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) +
-                   (a > 5.f);
-        return (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
-    }
-    FM_HD static float value(float a) {
-        const int halves = count(a) + (a > 2.5f) + (LOWER ? a > 3.5f : a >= 3.5f) + 3 * (a > 5.f);
-        return float(halves) * 0.5f;
-    }
+    static constexpr float three_quarters = LOWER ? 0.75f : 0x1.7ffffep-1f;
+    static constexpr float seven_quarters = LOWER ? 1.75f : 0x1.bffffep0f;
+    static constexpr float seven_halves = LOWER ? 3.5f : 0x1.bffffep1f;
 };
 
 /// The code of v; a negative that rounds to zero keeps its sign, but in GGUF.
-template <bool GGUF>
-FM_HD inline int e2m1_code(float v) {
-    const int magnitude = Steps<GGUF>::count(absolute(v));
-    return magnitude | ((v < 0) & (!GGUF | (magnitude > 0)) ? 8 : 0);
+template <bool GGUF, class V>
+FM_EACH auto e2m1_code(V v) {
+    using At = Steps<GGUF>;
+    const V a = absolute(v);
+    decltype(as_int(v)) code{};
+    code = plus_if_above(code, a, 0.25f);
+    code = plus_if_above(code, a, At::three_quarters);
+    code = plus_if_above(code, a, 1.25f);
+    code = plus_if_above(code, a, At::seven_quarters);
+    code = plus_if_above(code, a, 2.5f);
+    code = plus_if_above(code, a, At::seven_halves);
+    code = plus_if_above(code, a, 5.f);
+    return plus_if_above(code, -v, GGUF ? 0.25f : 0.f, 8);
 }
 
 /// The value that v is coded as.
-template <bool GGUF>
-FM_HD inline float e2m1_nearest(float v) {
-    const float magnitude = Steps<GGUF>::value(absolute(v));
-    return v < 0 ? -magnitude : magnitude;
+template <bool GGUF, class V>
+FM_EACH V e2m1_nearest(V v) {
+    using At = Steps<GGUF>;
+    const V a = absolute(v);
+    V value = if_above(a, 0.25f, 0.5f, V{});
+    value = if_above(a, At::three_quarters, 1.f, value);
+    value = if_above(a, 1.25f, 1.5f, value);
+    value = if_above(a, At::seven_quarters, 2.f, value);
+    value = if_above(a, 2.5f, 3.f, value);
+    value = if_above(a, At::seven_halves, 4.f, value);
+    value = if_above(a, 5.f, 6.f, value);
+    return if_above(-v, 0.f, -value, value);
 }
 
 // ---- MXFP4 -----------------------------------------------------------------------------------------------
 
 /// E8M0 code of a block's scale. The largest magnitude comes to lie in [4, 8), by the OCP's rule; or, as
 /// compressed-tensors has it, in [3.5, 7).
-FM_HD inline int mx_exponent(float peak, bool ocp) {
+FM_EACH int mx_exponent(float peak, bool ocp) {
     const int e = int((bit_cast<uint32_t>(peak) + (ocp ? 0u : 1u << 21)) >> 23) - 2;
     return e > 0 ? e : 0;
 }
 
 /// 2^(127 - e), e <= 254.
-FM_HD inline float mx_reciprocal(int e) {
+FM_EACH float mx_reciprocal(int e) {
     return e == 254 ? 5.877471754111438e-39f : bit_cast<float>(uint32_t(254 - e) << 23);
 }
 
+/// That, or the next where its squared error is less.
 template <bool GGUF>
 FM_HD inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
     const int e = mx_exponent(peak_of(x, n), ocp);
     if (!search) return e;
     const auto error = [&](int exponent) {
         const float scale = e8m0_to_float(exponent), reciprocal = mx_reciprocal(exponent);
-        return squared_error(n,
-                             [&](int64_t j) { return e2m1_nearest<GGUF>(x[j] * reciprocal) * scale - x[j]; });
+        return squared_error(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return e2m1_nearest<GGUF>(v * reciprocal) * scale - v; });
     };
     return error(e + 1) < error(e) ? e + 1 : e;
 }
 
 struct Mxfp4Group {
-    /// Codes of n values; returns their scale's.
-    template <int N>
-    FM_HD static int encode(const Coded& c, const float* x, int n, uint8_t* code) {
-        const int e = mx_exponent_of<false>(x, trips<N>(n), c.other_rule, c.search);
-        const float reciprocal = mx_reciprocal(e);
-        for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(e2m1_code<false>(x[j] * reciprocal));
-        return e;
+    FM_EACH static float scale(const Coded&, uint32_t code) { return e8m0_to_float(code); }
+
+    /// The code of the scale of n values.
+    FM_HD static uint32_t choose(const Coded& c, const float* x, int n) {
+        return uint32_t(mx_exponent_of<false>(x, n, c.other_rule, c.search));
     }
-    FM_HD static float scale(const Coded&, uint32_t code) { return e8m0_to_float(code); }
+    FM_HD static void encode(const Coded&, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
+        const float reciprocal = mx_reciprocal(int(chosen));
+        encode_pairs<false>(
+            x, n, [&](auto v) FM_EACH_LAMBDA { return e2m1_code<false>(v * reciprocal); }, 0, bytes);
+    }
 };
 
 // ---- NVFP4 -----------------------------------------------------------------------------------------------
@@ -92,80 +106,58 @@ FM_HD inline float nvfp4_divisor(DType type, float peak) {
 }
 
 struct Nvfp4Group {
-    FM_HD static float scale(const Coded& c, uint32_t code) { return e4m3_to_float(code) / c.tensor_scale; }
+    FM_EACH static float scale(const Coded& c, uint32_t code) { return e4m3_to_float(code) / c.tensor_scale; }
 
     /// E4M3 code of the scale that brings `peak` to `target`.
     FM_HD static uint32_t scale_code(const Coded& c, float peak, float target) {
         const uint32_t code = float_to_e4m3(c.tensor_scale * rounded_to(c.type, peak / target));
         return code == 0 ? 0x20u : code;  // 0.125
     }
-    template <int N>
-    FM_HD static int encode(const Coded& c, const float* x, int n, uint8_t* code) {
-        const float peak = peak_of(x, trips<N>(n));
-        uint32_t best = scale_code(c, peak, 6.f);
-        if (c.search) {
-            const auto error = [&](uint32_t candidate) {
-                const float s = scale(c, candidate);
-                return squared_error(n, [&](int64_t j) { return e2m1_nearest<false>(x[j] / s) * s - x[j]; });
-            };
-            const uint32_t four = scale_code(c, peak, 4.f);
-            best = error(four) < error(best) ? four : best;
-        }
-        const float s = scale(c, best);
-        for (int j = 0; j < trips<N>(n); ++j) code[j] = uint8_t(e2m1_code<false>(x[j] / s));
-        return int(best);
+    FM_HD static uint32_t choose(const Coded& c, const float* x, int n) {
+        const float peak = peak_of(x, n);
+        const uint32_t six = scale_code(c, peak, 6.f);
+        if (!c.search) return six;
+        const auto error = [&](uint32_t candidate) {
+            const float s = scale(c, candidate);
+            return squared_error(x, n,
+                                 [&](auto v) FM_EACH_LAMBDA { return e2m1_nearest<false>(v / s) * s - v; });
+        };
+        const uint32_t four = scale_code(c, peak, 4.f);
+        return error(four) < error(six) ? four : six;
+    }
+    FM_HD static void encode(const Coded& c, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
+        const float s = scale(c, chosen);
+        encode_pairs<false>(x, n, [&](auto v) FM_EACH_LAMBDA { return e2m1_code<false>(v / s); }, 0, bytes);
     }
 };
 
 // ---- both: codes low nibble first, a byte per scale
 // --------------------------------------------------------
 
-template <class Group, int N>
-FM_HD inline void encode_micro_row(const Coded& c, int64_t row, int64_t col, int64_t cols, const float* x) {
-    const int group = trips<N>(c.group);
-    uint8_t* bytes = c.codes + (row * c.cols + col) / 2;
-    uint8_t* scales = c.scales + row * groups_of_row(c) + col / group;
-    for (int64_t j = 0; j < cols; j += group, ++scales) {
-        uint8_t code[PIECE];
-        *scales = uint8_t(Group::template encode<N>(c, x + j, group, code));
-        pack_nibbles<false, N>(code, group, 0, bytes + j / 2);
-    }
-}
-
-template <class Group, int N>
+/// Scales of all groups first: what one waits for, the next need not.
+template <class Group>
 FM_HD inline void encode_micro(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
                                const float* x, int64_t stride) {
-    for (int r = 0; r < rows; ++r)
-        encode_micro_row<Group, N>(c, stored_row(c, row + r), col, cols, x + r * stride);
-}
-
-template <class Group, int N, int GROUP>
-FM_HD inline void decode_micro_piece(const Coded& c, int64_t row, int64_t col, int n, float* out) {
-    uint8_t code[PIECE];
-    unpack_nibbles<false, N>(c.codes + row * (c.cols / 2), col, n, code);
-    look_up<N, E2m1>(code, n, out);
-    const uint8_t* scales = c.scales + row * groups_of_row(c) + col / trips<GROUP>(c.group);
-    const int group = N ? trips<GROUP>(c.group) : n;  // else all is of one group
-    for (int g = 0; g * group < trips<N>(n); ++g) {
-        const float scale = Group::scale(c, scales[g]);
-        for (int j = 0; j < group; ++j) out[g * group + j] *= scale;
+    const int64_t groups = groups_of_row(c);
+    for (int r = 0; r < rows; ++r, x += stride) {
+        const int64_t at = stored_row(c, row + r);
+        uint8_t* bytes = c.codes + (at * c.cols + col) / 2;
+        uint8_t* scales = c.scales + at * groups + col / c.group;
+        for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)
+            scales[g] = uint8_t(Group::choose(c, x + j, c.group));
+        for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)
+            Group::encode(c, scales[g], x + j, c.group, bytes + j / 2);
     }
 }
 
 /// Columns [col, col + m) of a stored row.
-template <class Group, int GROUP>
+template <class Group>
 FM_HD inline void decode_micro(const Coded& c, int64_t row, int64_t col, int m, float* out) {
-    while (m > 0) {
-        int n = PIECE;
-        if (GROUP && col % PIECE == 0 && m >= PIECE) {
-            decode_micro_piece<Group, GROUP ? PIECE : 0, GROUP>(c, row, col, n, out);
-        } else {
-            n = int(c.group - col % c.group) < m ? int(c.group - col % c.group) : m;
-            n = n < PIECE ? n : PIECE;
-            decode_micro_piece<Group, 0, GROUP>(c, row, col, n, out);
-        }
-        col += n, m -= n, out += n;
-    }
+    const uint8_t* bytes = c.codes + row * (c.cols / 2);
+    const uint8_t* scales = c.scales + row * groups_of_row(c);
+    visit_groups(c.group, col, m, out, [&](int64_t g, int64_t at, int n, float* to) {
+        decode_pairs<false>(book_values<E2m1>(Group::scale(c, scales[g])), bytes, at, n, to);
+    });
 }
 
 }  // namespace FM_ISA

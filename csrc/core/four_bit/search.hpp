@@ -6,31 +6,34 @@
 namespace fastmerge {
 namespace FM_ISA {
 
-/// Sum of difference(j)^2 over j < n: 16 running sums, then a tree, whatever the instruction set.
+/// Sum of difference(x[j])^2: 16 running sums, then a tree, whatever the instruction set.
 template <class F>
-FM_HD inline float squared_error(int64_t n, F difference) {
+FM_EACH float squared_error(const float* x, int64_t n, const F& difference) {
     float sum[16] = {};
     int64_t j = 0;
+#if defined(FM_LANES)
+    Floats sums[16 / LANES] = {};
     for (; j + 16 <= n; j += 16)
-        for (int l = 0; l < 16; ++l) {
-            const float d = difference(j + l);
-            sum[l] += d * d;
+        for (int v = 0; v < 16 / LANES; ++v) {
+            const Floats d = difference(read<Floats>(x + j + v * LANES));
+            sums[v] += d * d;
         }
-    for (int l = 0; j + l < n; ++l) {
-        const float d = difference(j + l);
-        sum[l] += d * d;
+    memcpy(sum, sums, sizeof sum);
+#endif
+    for (int64_t l = j; l < n; ++l) {
+        const float d = difference(x[l]);
+        sum[l % 16] += d * d;
     }
     for (int width = 8; width > 0; width /= 2)
         for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
     return sum[0];
 }
 
-/// The factor of the largest magnitude with the least error(factor): 1, or `from` to `to` in steps of
-/// 1 / `parts`, both in parts.
+/// The factor with the least error(factor): 1, or one of from / parts, (from + 1) / parts .. to / parts.
 template <class F>
-FM_HD inline float best_clip(int from, int to, int step, int parts, F error) {
+FM_HD inline float best_clip(int from, int to, int parts, const F& error) {
     float best = 1.f, least = error(best);
-    for (int k = from; k <= to; k += step) {
+    for (int k = from; k <= to; ++k) {
         const float clip = float(k) / float(parts), e = error(clip);
         best = e < least ? clip : best, least = e < least ? e : least;
     }
@@ -39,8 +42,8 @@ FM_HD inline float best_clip(int from, int to, int step, int parts, F error) {
 
 /// 13 clips, 0.70 to 1.00.
 template <class F>
-FM_HD inline float best_integer_clip(F error) {
-    return best_clip(28, 40, 1, 40, error);
+FM_HD inline float best_integer_clip(const F& error) {
+    return best_clip(28, 40, 40, error);
 }
 
 }  // namespace FM_ISA
