@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmerge.backends import Buffer, Chunk, Kernels, Sweep, refuses_transform
+from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep, refuses_transform
 from fastmerge.backends.memory import tensor_of
 from fastmerge.backends.reference_arithmetic import (
     draws,
@@ -61,8 +61,9 @@ _TORCH = {
 # ---- values --------------------------------------------------------------------------------------
 
 
-def _view(buffer: Buffer) -> Tensor:
+def _view(buffer: Buffer | Coded) -> Tensor:
     """Return the buffer as a host tensor: its own memory, or a copy of what lies on a device."""
+    assert isinstance(buffer, Buffer)  # `ThroughDense` has decoded the others
     return tensor_of(buffer).cpu()
 
 
@@ -429,7 +430,7 @@ class ReferenceKernels(Kernels):
             )
         return _StoredSweep(lambda fed: _sign_balance(statistic, _whole(fed, n_experts, real)))
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
+    def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         if chunk.n == 0:
             return False
         tile = _tile(chunk, walk.add_base)
