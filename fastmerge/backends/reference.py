@@ -447,6 +447,7 @@ class ReferenceKernels(Kernels):
         # Looked at before the store: `out` may be the base's own memory.
         operands = [chunk.base, *chunk.experts]
         bad = any(not _view(x).isfinite().all() for x in operands if x is not None)
+        assert isinstance(out, Buffer)
         tensor_of(out).copy_(rounded(result, _TORCH[out.dtype]))
         return bad
 
