@@ -14,6 +14,7 @@ from fastmerge.backends.triton_plan import SPAN
 from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.dtypes import DType
 from fastmerge.errors import DeviceMemoryError, RecipeError
+from fastmerge.gptq_rounding import scratch_bytes as scratch_bytes_of_rounding
 from fastmerge.jobs import (
     DEVICE_ITEM_BYTES,
     ITEM_BYTES,
@@ -132,6 +133,12 @@ def _first_statistic(plan: Plan, job: TensorJob) -> Statistic | None:
     return request
 
 
+def _rounding(job: TensorJob, n: int, device: str) -> int:
+    """Bound what rounding with a Hessian takes, of n elements at once."""
+    rounded = job.stored is not None and job.stored.hessian is not None
+    return scratch_bytes_of_rounding(job.cols, n, device) if rounded else 0
+
+
 def _scratch(plan: Plan, job: TensorJob) -> int:
     """Bound the kernels' own memory for one job, by the statistic that its recipe asks for first.
 
@@ -164,7 +171,9 @@ def fit_host(plan: Plan) -> None:
     plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
     most = max(len(j.operands) for j in plan.jobs)
     budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES
-    scratch = {j.name: _scratch(plan, j) for j in plan.jobs}
+    scratch = {
+        j.name: _scratch(plan, j) + _rounding(j, min(j.n, CHUNK_ELEMENTS), "cpu") for j in plan.jobs
+    }
     whole = {j.name: WorkItem((Piece(j, 0, j.n),)).memory for j in plan.jobs if j.is_whole and j.n}
     streamed = {name for name, size in whole.items() if size + scratch[name] > budget}
     plan.streamed = frozenset(streamed)
@@ -281,7 +290,10 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
             results = max(results, behind * (most + ITEM_TENSORS * ALIGNMENT))
     results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
     scratch = {
-        j.name: _device_scratch(plan, j, j.n, item_bytes, target.backend) for j in plan.jobs if j.n
+        j.name: _device_scratch(plan, j, j.n, item_bytes, target.backend)
+        + _rounding(j, next(results_of(j, item_bytes)).n, "cuda")
+        for j in plan.jobs
+        if j.n
     }
     budget = target.memory - results - DEVICE_SCRATCH_BYTES
     whole = {
@@ -289,7 +301,9 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
     }
     pieces = {j.name: next(split(j, item_bytes)) for j in plan.jobs if j.name in whole}
     late = {
-        n: _device_scratch(plan, p.job, p.n, item_bytes, target.backend) for n, p in pieces.items()
+        n: _device_scratch(plan, p.job, p.n, item_bytes, target.backend)
+        + _rounding(p.job, p.n, "cuda")
+        for n, p in pieces.items()
     }
     plan.streamed, held = frozenset() if hold else frozenset(whole), 0
     while True:  # what is streamed frees scratch memory of what is held, and takes some itself

@@ -105,7 +105,28 @@ def _quantised(of: Quantisation) -> list[str]:
         for name, coding, found in of.tensors:
             error = f"{100 * found.relative_rms:.2f} %" if found and found.squares else ""
             lines.append(f"| {_code(name)} | {coding.format.name.lower()} | {error} |")
-    return [*lines, ""]
+    return [*lines, "", *_with_hessians(of)]
+
+
+def _with_hessians(of: Quantisation) -> list[str]:
+    """Return what rounding with Hessians gained, tensor by tensor."""
+    outputs = [(name, r.relative_output) for name, _, r in of.tensors if r is not None]
+    rows = [
+        f"| {_code(name)} | {100 * found[0]:.2f} % | {100 * found[1]:.2f} % |"
+        for name, found in outputs
+        if found is not None
+    ]
+    if not rows:
+        return []
+    return [
+        "These were rounded by [GPTQ](https://arxiv.org/abs/2210.17323) with Hessians of their inputs. The "
+        "error is that of what a layer gives, by its root mean square.",
+        "",
+        "| tensor | output error | if rounded to nearest |",
+        "|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _front_matter(base_models: Sequence[str]) -> list[str]:

@@ -88,6 +88,9 @@ def _quantising_options(function: F) -> F:
                      "or by least squared error."),
         click.option("--quant-input-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                      help="With --quantize: round to this before coding.  [default: the merge's type]"),
+        click.option("--hessians", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                     help="With --quantize int4, gptq or awq: X^T X of layers' inputs by name of weight "
+                     "(safetensors); those weights are rounded by GPTQ."),
     ]  # fmt: skip
 
     @functools.wraps(function)
@@ -100,6 +103,7 @@ def _quantising_options(function: F) -> F:
         first_last_layers: int,
         rounding: str,
         quant_input_dtype: str | None,
+        hessians: str | None,
         **others: Any,
     ) -> Any:
         from fastmerge.dtypes import parse_dtype
@@ -108,7 +112,7 @@ def _quantising_options(function: F) -> F:
         from fastmerge.quant.quantize import Quantize
 
         if format is None:
-            if keep or code or code_as or first_last_layers or quant_input_dtype:
+            if keep or code or code_as or first_last_layers or quant_input_dtype or hessians:
                 raise RecipeError("options of coding need a format; add --quantize nf4 or the like")
             return function(quantize=None, **others)
         for text in code_as:
@@ -117,7 +121,7 @@ def _quantising_options(function: F) -> F:
         overrides = {p: f for p, _, f in (text.rpartition("=") for text in code_as)}
         rules = Rules(keep, code, head, first_last_layers, overrides)
         dtype = parse_dtype(quant_input_dtype, "quant-input-dtype") if quant_input_dtype else None
-        return function(quantize=Quantize(format, rules, rounding, dtype), **others)
+        return function(quantize=Quantize(format, rules, rounding, dtype, hessians), **others)
 
     wrapped: Any = command
     for option in reversed(options):

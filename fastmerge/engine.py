@@ -37,6 +37,7 @@ from fastmerge.evaluate import (
     resolve_model,
     start_walks,
 )
+from fastmerge.gptq_rounding import Feedback, LastHessian
 from fastmerge.jobs import (
     Action,
     Piece,
@@ -162,6 +163,7 @@ class Engine:
         self.walks: dict[str, Walk | Copy] = dict(walks or {})
         self.device, self._disks = device, disks
         self.peaks: dict[str, float] = {}  # largest magnitudes, of tensors that are coded by them
+        self._last_hessian = LastHessian()
         self._held: dict[str, _Result] = {}  # of tensors that are written whole, begun
         self._passed = 0  # bytes that need no reading
         self.places = plan.layout.places() if plan.layout else {}
@@ -177,6 +179,8 @@ class Engine:
             self._merge_all()
         for checkpoint in self.plan.checkpoints:
             checkpoint.check_unchanged()
+        if self.plan.storage and self.plan.storage.hessians:
+            self.plan.storage.hessians.identity.check_unchanged()
         self.report.n_tensors = len(self.jobs)
         return self.report
 
@@ -374,12 +378,13 @@ class Engine:
 
     def _start(self, batch: Sequence[_Part]) -> None:
         """Run the walks of some parts, in one go where a device does, and queue the results."""
-        results = [self._result(part.piece) for part in batch]
-        walks = [
-            (part.walk, part.operands, result.buffer)
-            for part, result in zip(batch, results, strict=True)
-            if part.piece.job.action is not Action.COPY_EQUAL
-        ]
+        results, walks = [], []
+        for part in batch:
+            result = self._result(part.piece)
+            results.append(result)
+            if part.piece.job.action is not Action.COPY_EQUAL:
+                # Now: the next part may be of the same tensor, and move its result on.
+                walks.append((part.walk, part.operands, result.buffer))
         with self.watch.time("walk"):
             bad = _each(start_walks(self.kernels, walks, self.chunk_elements))
             for part, result in zip(batch, results, strict=True):
@@ -410,12 +415,17 @@ class Engine:
         addresses = [address for address, _, _ in writes]
         coded = packed.result_of(job, piece, memory, addresses, self.peaks.get(job.name, 0.0))
         residual = self.report.residuals.setdefault(job.name, Residual())
-        result = _Result(replace(coded, residual=residual), writes, piece.n)
+        feedback = self._feedback(job)
+        result = _Result(replace(coded, residual=residual, feedback=feedback), writes, piece.n)
         if job.is_atomic:
             result.left = job.n
             self._held[job.name] = result
             return self._at(job, result, piece)
         return result
+
+    def _feedback(self, job: TensorJob) -> Feedback | None:
+        hessian = job.stored.hessian if job.stored else None
+        return Feedback(hessian, self._last_hessian) if hessian else None
 
     @staticmethod
     def _at(job: TensorJob, whole: _Result, piece: Piece) -> _Result:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
-from fastmerge.backends.memory import bytes_of, copy_bytes, to_host
+from fastmerge.backends.memory import bytes_of, copy_bytes, empty, to_host
 from fastmerge.backends.through_dense import decoded
 from fastmerge.coding import Coding
 from fastmerge.dtypes import DType
@@ -180,6 +180,7 @@ def start_walks(
     parts: list[tuple[Walk, Chunk, Buffer | Coded]] = []
     tensor: list[int] = []
     copies: list[tuple[int, Buffer, Buffer]] = []
+    early = [False] * len(jobs)
     for t, (walk, operands, out) in enumerate(jobs):
         if isinstance(walk, Copy):
             source = operands.operands[walk.index]
@@ -193,12 +194,16 @@ def start_walks(
             unit = out.unit
         for a, chunk in operands.chunks(grain(walk), limit, walk.add_base, unit):
             cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
-            parts.append((cut, chunk, out.slice(a, a + chunk.n)))
+            target = out.slice(a, a + chunk.n)
+            if isinstance(target, Coded) and target.feedback is not None:
+                early[t] |= _code_with_feedback(kernels, cut, chunk, target)
+                continue
+            parts.append((cut, chunk, target))
             tensor.append(t)
     parts_bad = kernels.start_walks(parts)
 
     def bad() -> list[bool]:
-        found = [False] * len(jobs)
+        found = list(early)
         for t, is_bad in zip(tensor, parts_bad(), strict=True):
             found[t] |= is_bad
         return found
@@ -208,6 +213,13 @@ def start_walks(
         if source.device != "cpu" or bad()[t]:
             copy_bytes(target, source)
     return bad
+
+
+def _code_with_feedback(kernels: Kernels, walk: Walk, chunk: Chunk, out: Coded) -> bool:
+    """Merge whole rows into memory of their own, then code them; returns whether some are not finite."""
+    assert out.feedback is not None
+    merged = empty(chunk.n, out.coding.dtype, out.device)
+    return kernels.walk(walk, chunk, merged) or not out.feedback.code(out, merged)
 
 
 def identity(operands: Operands, copy: Copy) -> tuple[Walk, Operands]:

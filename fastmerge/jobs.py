@@ -84,7 +84,7 @@ class Stored:
     """How a job's result is stored where it is not one dense tensor of the job's name.
 
     format: for what is known late; None: nothing is. constants: stored beside it. scale_group: of tensors
-    that share one scale of the tensor; None: it is alone.
+    that share one scale of the tensor; None: it is alone. hessian: that codes are rounded with.
     """
 
     format: OutFormat | None
@@ -92,6 +92,7 @@ class Stored:
     parts: tuple[Part, ...]
     constants: tuple[Constant, ...] = ()
     scale_group: str | None = None
+    hessian: TensorInfo | None = None
 
 
 def stored_names(job: TensorJob) -> list[str]:

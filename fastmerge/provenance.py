@@ -81,8 +81,19 @@ def manifest(plan: Plan, bound: dict[str, Any], folder: OutputFolder) -> bytes:
         "recipe_folder": os.path.relpath(
             os.path.realpath(plan.recipe.folder), os.path.realpath(folder.path)
         ),
-        "options": bound["options"],
+        "options": _published(bound["options"], folder.path),
         "inputs": inputs,
         "tensors": tensors,
     }
     return (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _published(options: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return the options with the file of Hessians as seen from the output."""
+    quantize = options["quantize"]
+    if quantize is None or quantize["hessians"] is None:
+        return options
+    known = quantize["hessians"]
+    path = os.path.relpath(os.path.realpath(known["path"]), os.path.realpath(out))
+    entry = {"path": path, "size": known["size"], "header": known["header"]}
+    return {**options, "quantize": {**quantize, "hessians": entry}}

@@ -26,6 +26,7 @@ from fastmerge.quant.gguf_writer import (
     gguf_metadata,
     gguf_targets,
 )
+from fastmerge.quant.hessians import Hessians, refuse_unless_rounded
 from fastmerge.quant.modules import shares_scale
 from fastmerge.quant.policy import choose
 from fastmerge.quant.quantize import Quantize
@@ -36,7 +37,7 @@ class Storage:
     """How a merge's jobs are stored, and where.
 
     model:    what the format's configuration is made from; None for GGUF and for dense models.
-    warnings: for the user.
+    warnings: for the user. hessians: that weights are rounded with.
     """
 
     jobs: list[TensorJob]
@@ -44,6 +45,7 @@ class Storage:
     format: OutFormat | None = None
     model: Quantised | None = None
     warnings: tuple[str, ...] = ()
+    hessians: Hessians | None = None
 
 
 def store(
@@ -72,7 +74,11 @@ def _store_coded(
     config = donor.config or {}
     shapes = {j.name: j.shape for j in jobs if j.action is not Action.COPY_EQUAL}
     choice = choose(shapes, config, format, quantize.rules)
-    stored = [_coded(job, choice.formats.get(job.name), quantize) for job in jobs]
+    hessians = None
+    if quantize.hessians is not None:
+        refuse_unless_rounded(format.name, format.coding(DType.F32, (128, 128)))
+        hessians = Hessians.open(Path(quantize.hessians))
+    stored = [_coded(job, choice.formats.get(job.name), quantize, hessians) for job in jobs]
     coded = {j.name: j.stored.coding for j in stored if j.stored}
     if not coded:
         raise RecipeError(
@@ -81,10 +87,16 @@ def _store_coded(
     dense = [j.out_dtype for j in jobs if j.out_dtype.is_merged]
     model = Quantised(coded, choice.kept, config, max(set(dense), key=dense.count))
     layout = _layout(stored, shard_size)
-    return Storage(stored, layout, format, model, tuple(choice.warnings))
+    warnings = list(choice.warnings)
+    if hessians is not None:
+        used = [j.stored.hessian for j in stored if j.stored and j.stored.hessian]
+        warnings += hessians.check_used(format.name, used)
+    return Storage(stored, layout, format, model, tuple(warnings), hessians)
 
 
-def _coded(job: TensorJob, format: OutFormat | None, quantize: Quantize) -> TensorJob:
+def _coded(
+    job: TensorJob, format: OutFormat | None, quantize: Quantize, hessians: Hessians | None
+) -> TensorJob:
     if format is None:
         return job
     dtype = _rounded_to(job, quantize)
@@ -95,6 +107,7 @@ def _coded(job: TensorJob, format: OutFormat | None, quantize: Quantize) -> Tens
         tuple(format.parts(job.name, job.shape, coding)),
         tuple(format.constants(job.name, job.shape, coding)),
         shares_scale(job.name) if needs_peak(coding) and coding.format is Format.NVFP4 else None,
+        hessians.of(job.name, job.shape, coding) if hessians else None,
     )
     return replace(job, stored=stored)
 
@@ -121,6 +134,8 @@ def _layout(jobs: Sequence[TensorJob], shard_size: int) -> Layout:
 
 def _store_gguf(jobs: Sequence[TensorJob], donor: Checkpoint, quantize: Quantize) -> Storage:
     what = GGUF_FORMATS[quantize.format]
+    if quantize.hessians is not None:
+        refuse_unless_rounded(quantize.format, None)
     floats = [j for j in jobs if j.action is not Action.COPY_EQUAL]
     shapes = {j.name: j.shape for j in floats}
     targets = gguf_targets(donor.config, shapes, what, dtype=quantize.dtype)

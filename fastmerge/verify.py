@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,7 +184,7 @@ def _again(model: Checkpoint, manifest: Mapping[str, Any], sample: int, seed: in
         return row
     try:
         plan = _plan(model.path, manifest)
-        changed = _changed(plan, manifest["inputs"])
+        changed = _changed(plan, manifest)
     except MergeError as error:
         row.note = f"skipped: {error}"
         return row
@@ -215,19 +215,26 @@ def _plan(out: Path, manifest: Mapping[str, Any]) -> Plan:
     recipe = load_recipe(manifest["recipe"])
     folder = Path(os.path.realpath(out)) / manifest["recipe_folder"]
     options = manifest["options"]
+    quantize = Quantize.from_dict(options.get("quantize"))
+    if quantize is not None and quantize.hessians is not None:
+        quantize = replace(quantize, hessians=Path(os.path.realpath(out)) / quantize.hessians)
     plan = make_plan(
         replace(recipe, folder=folder),
         out_shard_size=options["out_shard_size"],
         allow_missing=options["allow_missing"],
         seed=options["seed"],
-        quantize=Quantize.from_dict(options.get("quantize")),
+        quantize=quantize,
     )
     plan.raise_conflicts()
     return plan
 
 
-def _changed(plan: Plan, known: Sequence[Mapping[str, Any]]) -> str | None:
+def _changed(plan: Plan, manifest: Mapping[str, Any]) -> str | None:
     files = [i for c in plan.checkpoints for i in c.identities]
+    known = list(manifest["inputs"])
+    if plan.storage is not None and plan.storage.hessians is not None:
+        files.append(plan.storage.hessians.identity)
+        known.append(manifest["options"]["quantize"]["hessians"])
     if len(files) != len(known):
         return f"the inputs have {len(files)} files, had {len(known)}"
     for file, entry in zip(files, known, strict=True):

@@ -48,14 +48,26 @@ class Buffer:
 
 @dataclass
 class Residual:
-    """What coding cost: sums of squared errors and of squares, over the elements coded so far."""
+    """What coding cost: sums of squared errors and of squares, over the elements coded so far.
+
+    output_: the same sums over what the layer gives, for its inputs' Hessian, of tensors rounded with one;
+    output_nearest: of the errors if they were rounded to the nearest.
+    """
 
     errors: float = 0.0
     squares: float = 0.0
+    output_errors: float = 0.0
+    output_nearest: float = 0.0
+    output_squares: float = 0.0
 
     def add(self, errors: float, squares: float) -> None:
         self.errors += errors
         self.squares += squares
+
+    def add_output(self, errors: float, nearest: float, squares: float) -> None:
+        self.output_errors += errors
+        self.output_nearest += nearest
+        self.output_squares += squares
 
     @classmethod
     def of_all(cls, parts: Iterable[Residual]) -> Residual:
@@ -70,6 +82,23 @@ class Residual:
         """sqrt(sum (decoded - merged)^2 / sum merged^2); 0 for a tensor of zeros."""
         return math.sqrt(self.errors / self.squares) if self.squares else 0.0
 
+    @property
+    def relative_output(self) -> tuple[float, float] | None:
+        """sqrt(tr(D H D^T) / tr(W H W^T)), with the codes that were written and with the nearest; None of
+        what was not rounded with a Hessian."""
+        if not self.output_squares:
+            return None
+        written, nearest = self.output_errors, self.output_nearest
+        return math.sqrt(written / self.output_squares), math.sqrt(nearest / self.output_squares)
+
+
+class Feedback(Protocol):
+    """Codes rows with regard to what a layer does with them; see `gptq_rounding`."""
+
+    def code(self, out: Coded, values: Buffer) -> bool:
+        """Code a result's elements, given as `out.coding.dtype`; false, and nothing: they are not finite."""
+        ...
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -77,7 +106,7 @@ class Coded:
 
     Read as operand, written as result. slots: memory of each part (`coding.parts_of`); parts that are cut
     along with the tensor begin with what belongs to flat index `origin`. low_a, low_b: see `LowRank`.
-    residual: of a result, is added to by kernels that tell it.
+    residual: of a result, is added to by kernels that tell it. feedback: codes it, and not the kernels do.
     """
 
     coding: Coding
@@ -91,6 +120,7 @@ class Coded:
     tensor_scale: float = 1.0
     low_scale: float = 0.0
     residual: Residual | None = field(default=None, compare=False)
+    feedback: Feedback | None = field(default=None, compare=False)
 
     #: What kernels see of it.
     dtype = DType.F32

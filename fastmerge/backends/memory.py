@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.backends import Buffer
+from fastmerge.dtypes import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,17 @@ def tensor_of(buffer: Buffer) -> Tensor:
     first = buffer.address - owner.data_ptr()
     run: Tensor = held[first : first + buffer.n * buffer.dtype.itemsize]
     return run.view(dtype)
+
+
+def empty(n: int, dtype: DType, device: str) -> Buffer:
+    """Take memory for n elements on a device."""
+    if device == "cpu":
+        array = np.empty(n * dtype.itemsize, np.uint8)
+        return Buffer(array.ctypes.data, dtype, n, array)
+    import torch
+
+    held = torch.empty(n, dtype=getattr(torch, dtype.torch), device=device)
+    return Buffer(held.data_ptr(), dtype, n, held, device)
 
 
 def to_host(buffer: Buffer) -> Buffer:

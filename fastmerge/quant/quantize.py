@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType, parse_dtype
 from fastmerge.errors import RecipeError
 from fastmerge.quant.gguf_formats import GGUF_FORMATS
+from fastmerge.quant.hessians import identified
 from fastmerge.quant.policy import Rules
 
 ROUNDINGS = ("nearest", "mse")
@@ -30,12 +32,14 @@ class Quantize:
     rounding: `nearest` chooses scales as the format's library does; `mse` by least squared error.
     dtype:    what values are rounded to before they are coded; None: the merge's own type, as when a library
               quantises the merged model.
+    hessians: a safetensors file (see `hessians.Hessians`): weights that have one in it are rounded by GPTQ.
     """
 
     format: str
     rules: Rules = field(default_factory=Rules)
     rounding: str = "nearest"
     dtype: DType | None = None
+    hessians: Path | str | None = None
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -65,6 +69,7 @@ class Quantize:
             "overrides": dict(rules.overrides),
             "rounding": self.rounding,
             "dtype": self.dtype.torch if self.dtype else None,
+            "hessians": identified(Path(self.hessians)) if self.hessians is not None else None,
         }
 
     @classmethod
@@ -80,4 +85,6 @@ class Quantize:
             dict(data["overrides"]),
         )
         dtype = parse_dtype(data["dtype"], "quant dtype") if data["dtype"] else None
-        return cls(data["format"], rules, data["rounding"], dtype)
+        known = data.get("hessians")
+        hessians = Path(known["path"]) if known else None
+        return cls(data["format"], rules, data["rounding"], dtype, hessians)
