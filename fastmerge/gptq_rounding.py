@@ -32,6 +32,9 @@ DAMP = 0.01
 #: Columns whose errors are passed on together.
 BLOCK = 128
 
+#: Columns up to which each passes its error on to the next ones alone.
+LEAF = 8
+
 #: Elements that are rounded at once, and the bytes that each takes meanwhile.
 TILE, TILE_ON_DEVICE = 1 << 21, 1 << 24
 _TILE_BYTES = 56
@@ -254,30 +257,78 @@ def round_columns(w: Tensor, coding: Coding, u: Tensor | None) -> Rounded:
     """
     import torch
 
-    cols, rows = w.shape
-    group = coding.group or cols
-    codes = torch.empty((cols, rows), dtype=torch.uint8, device=w.device)
-    values = torch.empty((cols, rows), dtype=torch.float32, device=w.device)
-    scales: list[_Scale] = []
-    step = max(1, BLOCK // group) * group if group < cols else BLOCK
-    shift = 8 if coding.format is Format.INT4 else 0
-    for first in range(0, cols, step):
-        stop = min(cols, first + step)
-        errors = torch.zeros((stop - first, rows), dtype=w.dtype, device=w.device)
-        for j in range(first, stop):
-            if j % group == 0:
-                scales.append(_scale_of(coding, w[j : j + group].float()))
-            q = scales[-1].codes(w[j].float())
-            codes[j] = q + shift
-            values[j] = scales[-1].values(q)
-            if u is not None:
-                error = torch.div(w[j] - values[j], u[j, j], out=errors[j - first])
-                w[j + 1 : stop] -= u[j, j + 1 : stop, None] * error
-        if u is not None and stop < cols:
-            w[stop:] -= u[first:stop, stop:].T @ errors
+    columns = _Columns(w, coding)
+    if u is None:
+        columns.round_to_nearest()
+    else:
+        for first in range(0, len(w), columns.step):
+            columns.round(first, min(len(w), first + columns.step), u)
+    scales = columns.scales
     less = 1 if coding.v1 and coding.format is Format.GPTQ else 0
-    zeros = torch.stack([s.zero for s in scales]) + shift - less
-    return Rounded(codes, values, torch.stack([s.stored for s in scales]), zeros.to(torch.uint8))
+    zeros = (torch.stack([s.zero for s in scales]) + columns.shift - less).to(torch.uint8)
+    return Rounded(columns.codes, columns.values, torch.stack([s.stored for s in scales]), zeros)
+
+
+class _Columns:
+    """Weights on their way: what is rounded of them, and what is left."""
+
+    def __init__(self, w: Tensor, coding: Coding) -> None:
+        import torch
+
+        self.w, self.coding = w, coding
+        self.codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        self.values = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        self.scales: list[_Scale] = []
+        cols = len(w)
+        self.group = coding.group or cols
+        self.step = max(1, BLOCK // self.group) * self.group if self.group < cols else BLOCK
+        self.errors = torch.zeros_like(w[: self.step])  # of the step's columns, each over U[j][j]
+        self.shift = 8 if coding.format is Format.INT4 else 0
+
+    def round_to_nearest(self) -> None:
+        for first in range(0, len(self.w), self.group):
+            of = slice(first, first + self.group)
+            self.scales.append(_scale_of(self.coding, self.w[of].float()))
+            self._write(of, self.w[of])
+
+    def _write(self, of: slice | int, w: Tensor) -> None:
+        """Write the codes of columns of the last group."""
+        q = self.scales[-1].codes(w.float())
+        self.codes[of] = q + self.shift
+        self.values[of] = self.scales[-1].values(q)
+
+    def round(self, first: int, stop: int, u: Tensor) -> None:
+        """Round a step's columns, and pass on what they lost to all that follow."""
+        self._round(first, stop, first, u)
+        self._pass_on(first, stop, len(self.w), first, u)
+
+    def _round(self, first: int, stop: int, step: int, u: Tensor) -> None:
+        """Round columns of the step that begins at `step`: one half, and when that is passed on the other."""
+        n = stop - first
+        if n <= LEAF:
+            for j in range(first, stop):
+                self._round_one(j, stop, step, u)
+            return
+        # No group is begun before all of it knows what was lost.
+        middle = first + (n // self.group // 2 * self.group if n > self.group else n // 2)
+        self._round(first, middle, step, u)
+        self._pass_on(first, middle, stop, step, u)
+        self._round(middle, stop, step, u)
+
+    def _round_one(self, j: int, stop: int, step: int, u: Tensor) -> None:
+        w = self.w
+        if j % self.group == 0:
+            self.scales.append(_scale_of(self.coding, w[j : j + self.group].float()))
+        self._write(j, w[j])
+        error = self.errors[j - step]
+        error.copy_(w[j]).sub_(self.values[j]).div_(u[j, j])
+        w[j + 1 : stop] -= u[j, j + 1 : stop, None] * error
+
+    def _pass_on(self, first: int, middle: int, stop: int, step: int, u: Tensor) -> None:
+        """Take what columns [first, middle) lost from columns [middle, stop)."""
+        if middle < stop:
+            lost = self.errors[first - step : middle - step]
+            self.w[middle:stop] -= u[first:middle, middle:stop].T @ lost
 
 
 # ---- where formats keep them --------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastmerge import gptq_rounding
+from fastmerge import budget, gptq_rounding
 from fastmerge.api import merge, plan
 from fastmerge.backends import Residual
 from fastmerge.checkpoint.header import read_header
@@ -38,6 +38,7 @@ from fastmerge.gptq_rounding import (
 from fastmerge.ops import buffer_of
 from fastmerge.quant.formats import FORMATS
 from fastmerge.quant.quantize import Quantize
+from fastmerge.streaming.device import HostDevice
 from fastmerge.tensors import merge_tensors
 from fastmerge.verify import verify
 
@@ -447,6 +448,19 @@ def test_a_killed_merge_is_finished(models: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
             name
         )
+
+
+@pytest.mark.parametrize("item", [30_000, 1 << 27])
+@pytest.mark.parametrize("name", ["int4", "int4-asym", "gptq", "awq"])
+def test_a_device_writes_the_same(
+    models: Path, tmp_path: Path, name: str, item: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, quantize = models / "recipe.yaml", Quantize(name, hessians=models / "hessians")
+    merge(recipe, tmp_path / "host", quantize=quantize)
+    monkeypatch.setattr(budget, "DEVICE_ITEM_BYTES", item)
+    merge(recipe, tmp_path / "device", quantize=quantize, device=HostDevice(), backend="cpu")
+    host, device = shards(tmp_path / "host"), shards(tmp_path / "device")
+    assert all(torch.equal(device[k], v) for k, v in host.items()) and device.keys() == host.keys()
 
 
 def test_other_hessians_are_another_merge(models: Path, tmp_path: Path) -> None:
