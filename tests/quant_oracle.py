@@ -426,11 +426,7 @@ def q4_k(c: Coding, x: Floats) -> Bytes:
     packed += [(ls[j + 4] & 15) | (lm[j + 4] & 15) << 4 for j in range(4)]
     q = np.array(final).astype(np.uint8).reshape(4, 2, 32)
     return np.concatenate(
-        [
-            as_bytes(np.array([d, dmin])),
-            np.array(packed, np.uint8),
-            (q[:, 0] | q[:, 1] << 4).ravel(),
-        ]
+        [as_bytes(np.array([d, dmin])), np.array(packed, np.uint8), (q[:, 0] | q[:, 1] << 4).ravel()]
     )
 
 
