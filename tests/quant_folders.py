@@ -140,10 +140,17 @@ def _ranges(w: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return w.amin(-1), w.amax(-1)
 
 
+def _fused(module: str) -> str:
+    """What a module is called together with those that read the same input."""
+    parent, _, last = module.rpartition(".")
+    return f"{parent}.{'qkv' if last[0] in 'qkv' else 'gate_up' if last[0] in 'gu' else last}"
+
+
 def write_compressed_tensors(
-    dense: Path, path: Path, groups: Mapping[str, Mapping[str, Any]]
+    dense: Path, path: Path, groups: Mapping[str, Mapping[str, Any]], *, fused: bool = False
 ) -> None:
-    """groups: target -> arguments of its weights, and `act`, those of its inputs."""
+    """groups: target -> arguments of its weights, and `act`, those of its inputs. fused: modules that
+    runtimes make one of have one scale of the tensor."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -154,6 +161,12 @@ def write_compressed_tensors(
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     model = load(dense)
+    together = _fused if fused else str
+    ranges: dict[str, list[torch.Tensor]] = {}  # ends of all weights that have one scale
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            ends = [module.weight.data.min(), module.weight.data.max()]
+            ranges.setdefault(together(name), []).extend(ends)
     schemes = {}
     for i, (target, options) in enumerate(groups.items()):
         weights = {k: v for k, v in options.items() if k != "act"}
@@ -163,14 +176,16 @@ def write_compressed_tensors(
         )
     config = QuantizationConfig(config_groups=schemes, ignore=["lm_head"])
     apply_quantization_config(model, config, show_progress=False)
-    for module in model.modules():
+    for name, module in model.named_modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:
             continue
         args, w = scheme.weights, module.weight.data
         overall = None
         if args.strategy == "tensor_group":
-            overall = module.weight_global_scale.data = generate_gparam(w.min(), w.max())
+            overall = module.weight_global_scale.data = generate_gparam(
+                min(ranges[together(name)]), max(ranges[together(name)])
+            )
         scale, zero = calculate_qparams(*_ranges(w, args), args, global_scale=overall)
         module.weight_scale.data = scale
         if hasattr(module, "weight_zero_point"):

@@ -52,7 +52,7 @@ struct Coded {
     uint8_t* zeros = nullptr;
     const float* nested = nullptr;  // scales of 256 scales each: `scales` are then codes of the dynamic map
     float nested_offset = 0;
-    float tensor_scale = 1;             // Nvfp4: the divisor; GgufNvfp4: a factor
+    float tensor_scale = 1;             // Nvfp4: the divisor, by its other rule a factor; GgufNvfp4: a factor
     const int32_t* group_of = nullptr;  // Gptq with act-order: [cols] group of each column
     // Added to what is decoded: low_scale * (B A), B [rows, rank], A [rank, cols], both of low_type; the sum
     // over the rank is in order, in float32, one rounding per operation.

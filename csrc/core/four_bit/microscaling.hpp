@@ -106,7 +106,10 @@ FM_HD inline float nvfp4_divisor(DType type, float peak) {
 }
 
 struct Nvfp4Group {
-    FM_EACH static float scale(const Coded& c, uint32_t code) { return e4m3_to_float(code) / c.tensor_scale; }
+    FM_EACH static float scale(const Coded& c, uint32_t code) {
+        const float s = e4m3_to_float(code);
+        return c.other_rule ? s * c.tensor_scale : s / c.tensor_scale;
+    }
 
     /// E4M3 code of the scale that brings `peak` to `target`.
     FM_HD static uint32_t scale_code(const Coded& c, float peak, float target) {
