@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import triton
-from fastmerge.triton_kernels import fused, select, stats
+from fastmerge.triton_kernels import fused, quant4_decode, quant4_encode, select, stats
 from triton.backends.compiler import GPUTarget
 
 from fastmerge.backends.triton import Tiles
 from fastmerge.backends.triton_plan import lower_walk
+from fastmerge.coding import Format, ScaleType
 from fastmerge.stages import Combine, Cut, Drop, Elect, Keep, Select, Trim, Walk
 
 BF16 = 3
@@ -30,8 +31,22 @@ TILES = Tiles()
 
 #: Arguments whose value says nothing at compile time.
 LONG = {"cols", "stride", "out_stride"}
-UNSPECIALIZED = {"start", "n", "first_segment", "n_segments", "rounds", "unit", "rows"}
+UNSPECIALIZED = {
+    "start", "n", "first_segment", "n_segments", "rounds", "unit", "rows",
+    "first", "origin", "rank", "first_row", "origin_row", "all_rows", "n_groups", "width",
+}  # fmt: skip
+FLOATS = {"offset", "tensor_scale", "low_scale"}
 POINTERS = {
+    "codes",
+    "scales",
+    "zeros",
+    "nested",
+    "book",
+    "group_of",
+    "low_a",
+    "low_b",
+    "factors",
+    "stored_zeros",
     "base",
     "x",
     "y",
@@ -82,6 +97,49 @@ def jobs() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "moments", stats.sum_lanes_kernel, one | {"TERM": 0, "HAS_MASK": True}
     yield "gram", stats.sum_lanes_kernel, one | {"TERM": 2, "HAS_MASK": False}
     yield "gram columns", stats.sum_columns_kernel, one | {"BLOCK": TILES.block}
+    yield from coded_jobs()
+
+
+#: Formats that are written, with the group of each and the type of its scales.
+WRITTEN = {
+    Format.BNB_NF4: (64, ScaleType.F32),
+    Format.BNB_FP4: (64, ScaleType.F32),
+    Format.INT4: (128, ScaleType.BF16),
+    Format.NVFP4: (16, ScaleType.E4M3),
+    Format.MXFP4: (32, ScaleType.E8M0),
+    Format.GPTQ: (128, ScaleType.F16),
+    Format.AWQ: (128, ScaleType.F16),
+    Format.Q4_0: (32, ScaleType.F16),
+    Format.Q4_1: (32, ScaleType.F16),
+    Format.Q8_0: (32, ScaleType.F16),
+    Format.GGUF_MXFP4: (32, ScaleType.E8M0),
+    Format.FP8: (128, ScaleType.F32),
+}
+GGUF = (Format.Q4_0, Format.Q4_1, Format.Q8_0, Format.GGUF_MXFP4)
+
+
+def coded_jobs() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield the kernels of each coded format, for bfloat16 and long rows; asymmetric where that is."""
+    read = {
+        f: (0, ScaleType.F32) for f in (Format.Q4_K, Format.Q6_K, Format.GGUF_NVFP4, Format.INT8)
+    }
+    for f, (group, scale) in (WRITTEN | read).items():
+        name = f.name.lower()
+        flags: dict[str, Any] = {
+            "FORMAT": int(f), "TYPE": BF16, "SCALE": int(scale), "GROUP": group, "SYMMETRIC": False,
+            "GROUP_ROWS": 128 if f is Format.FP8 else 1, "OTHER_RULE": False, "V1": True, "ROTARY": 0,
+            "BLOCK": TILES.block, "LONG": True,
+        }  # fmt: skip
+        plain = {"NESTED": False, "ACT_ORDER": False, "HAS_LOW_RANK": False, "LOW_TYPE": BF16}
+        yield f"decode {name}", quant4_decode.decode_kernel, flags | plain
+        if f not in WRITTEN:
+            continue
+        tile = {"GROUPS": TILES.block // group, "PIECE": group, "SHORT": False}
+        scales = quant4_encode.scale_groups_kernel
+        if f in GGUF:
+            scales = quant4_encode.scale_blocks_kernel
+        yield f"scales {name}", scales, flags | tile
+        yield f"codes {name}", quant4_encode.store_codes_kernel, flags | tile
 
 
 def compiled(kernel: Any, flags: dict[str, Any], capability: int) -> Any:
@@ -98,8 +156,8 @@ def compiled(kernel: Any, flags: dict[str, Any], capability: int) -> Any:
             attributes |= {(i, k): divisible for k in range(flags["K"])}
         else:
             long = name in UNSPECIALIZED | POINTERS | LONG
-            signature[name] = "i64" if long else "i32"
-            if name not in UNSPECIALIZED:
+            signature[name] = "fp32" if name in FLOATS else "i64" if long else "i32"
+            if name not in UNSPECIALIZED | FLOATS:
                 attributes[(i,)] = divisible
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": 4, "enable_fp_fusion": False}

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
+from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep
+from fastmerge.backends.triton_coded import decode, encode, is_coded, residual_of
 from fastmerge.backends.triton_plan import (
     MOST_ARGUMENTS,
+    Dense,
     Plan,
     lower_keep,
     lower_walk,
@@ -146,6 +149,30 @@ class TritonKernels(Kernels):
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
 
+    # ---- codes -----------------------------------------------------------------------------------
+
+    @cached_property
+    def dynamic_map(self) -> Tensor:
+        """[256] float32: what codes of bitsandbytes' nested scales stand for."""
+        from fastmerge.quant.bitsandbytes import dynamic_map
+
+        return self.upload(dynamic_map())
+
+    def dense(self, chunk: Chunk) -> Dense:
+        """Return the chunk with coded operands decoded to float32, in scratch memory of that size."""
+
+        def of(operand: Buffer | Coded) -> Buffer:
+            return decode(self, operand) if isinstance(operand, Coded) else operand
+
+        base = None if chunk.base is None else of(chunk.base)
+        experts = [of(x) for x in chunk.experts]
+        return Dense(base, experts, chunk.start, chunk.n, chunk.cols, chunk.compute)
+
+    def dense_spans(self, chunk: Chunk) -> Iterator[tuple[int, Dense]]:
+        """Cut a chunk into parts with coded operands decoded: (first, part)."""
+        for begin, span in spans(chunk, None, SPAN_OF[is_coded(chunk)]):
+            yield begin, self.dense(span)
+
     # ---- keys and ranked drops -------------------------------------------------------------------
 
     def keys(self, chunk: Chunk, k: int) -> Tensor:
@@ -154,16 +181,17 @@ class TritonKernels(Kernels):
 
         wide = chunk.compute is DType.F64
         keys = self.empty(chunk.n, dtype="int64" if wide else "int32")
-        for a, n, programs, masked in self.pieces(chunk.n, self.tiles.block):
-            part = sliced(chunk, a, a + n)
-            at = keys.data_ptr() + a * keys.element_size()
-            base, x = part.base, part.experts[k]
-            self.launch(
-                write_keys_kernel, (programs,), base.address if base else 0, x.address, at, n,
-                BASE=base.dtype.code if base else 0, X=x.dtype.code, HAS_BASE=base is not None,
-                BLOCK=self.tiles.block, WIDE=wide, MASKED=masked,
-                ALIGNED=aligned(base.address if base else 0, x.address, at),
-            )  # fmt: skip
+        for begin, span in self.dense_spans(replace(chunk, experts=[chunk.experts[k]])):
+            for a, n, programs, masked in self.pieces(span.n, self.tiles.block):
+                part = sliced(span, a, a + n)
+                at = keys.data_ptr() + (begin + a) * keys.element_size()
+                base, x = part.base, part.experts[0]
+                self.launch(
+                    write_keys_kernel, (programs,), base.address if base else 0, x.address, at, n,
+                    BASE=base.dtype.code if base else 0, X=x.dtype.code, HAS_BASE=base is not None,
+                    BLOCK=self.tiles.block, WIDE=wide, MASKED=masked,
+                    ALIGNED=aligned(base.address if base else 0, x.address, at),
+                )  # fmt: skip
         return keys
 
     def _probabilities(self, drop: RankedDrop, chunk: Chunk, k: int) -> Tensor:
@@ -209,7 +237,7 @@ class TritonKernels(Kernels):
         ready.held += (thresholds, inverses)
         return ready
 
-    def operand_flags(self, chunk: Chunk, *addresses: int) -> dict[str, Any]:
+    def operand_flags(self, chunk: Dense, *addresses: int) -> dict[str, Any]:
         """Return the constants that describe a chunk's memory."""
         base = chunk.base.address if chunk.base else 0
         return {
@@ -223,15 +251,17 @@ class TritonKernels(Kernels):
 
     # ---- the interface ---------------------------------------------------------------------------
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
+    def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         return self.walks([(walk, chunk, out)])[0]
 
-    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]) -> list[bool]:
         return self.start_walks(jobs)()
 
-    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+    def start_walks(
+        self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]
+    ) -> Callable[[], list[bool]]:
         plans: list[Plan] = []
-        works: list[tuple[Chunk, Buffer]] = []
+        works: list[tuple[Chunk, Buffer | Coded]] = []
         for walk, chunk, out in jobs:
             if not chunk.experts:  # the base, stored
                 assert chunk.base is not None
@@ -246,29 +276,61 @@ class TritonKernels(Kernels):
         words = self.upload(np.concatenate([*tables, np.zeros(1, np.int64)]))
         flags = self.zeros(max(1, len(jobs)), dtype="int32")
         at = words.data_ptr()
+        costs: list[list[Tensor]] = []
         for j, (plan, table, (chunk, out)) in enumerate(zip(plans, tables, works, strict=True)):
-            self._walk_spans(plan, chunk, out, at, flags.data_ptr() + 4 * j)
+            costs.append(self._walk_spans(plan, chunk, out, at, flags.data_ptr() + 4 * j))
             at += 8 * len(table)
-        return lambda: [bool(f) for f in flags.cpu().tolist()[: len(jobs)]]
 
-    def _walk_spans(self, plan: Plan, chunk: Chunk, out: Buffer, table: int, flag: int) -> None:
+        @cache  # what coding cost is added once
+        def wait() -> list[bool]:
+            bad = [bool(f) for f in flags.cpu().tolist()[: len(jobs)]]
+            for (_, out), cost, is_bad in zip(works, costs, bad, strict=True):
+                if isinstance(out, Coded) and out.residual is not None and not is_bad:
+                    for sums in cost:
+                        out.residual.add(*sums.tolist())
+            return bad
+
+        return wait
+
+    def _walk_spans(
+        self, plan: Plan, chunk: Chunk, out: Buffer | Coded, table: int, flag: int
+    ) -> list[Tensor]:
+        """Merge a chunk; returns what coding cost, [2] float64 of each span."""
+        coded = isinstance(out, Coded)
+        scratch = plan.drop is not None or coded or is_coded(chunk)
+        unit = out.unit if isinstance(out, Coded) else 1
+        costs = []
+        for begin, span in spans(chunk, plan.drop, SPAN_OF[scratch], unit):
+            part = out.slice(begin, begin + span.n)
+            if isinstance(part, Buffer):
+                self._walk_span(plan, self.dense(span), begin, part, table, flag)
+                continue
+            dtype = part.coding.dtype
+            held = self.empty(span.n, dtype=dtype.torch)
+            merged = Buffer(held.data_ptr(), dtype, span.n, held, self.device)
+            self._walk_span(plan, self.dense(span), begin, merged, table, flag)
+            encode(self, part, merged, flag)
+            if part.residual is not None:
+                costs.append(residual_of(self, part, merged))
+        return costs
+
+    def _walk_span(
+        self, plan: Plan, span: Dense, begin: int, out: Buffer, table: int, flag: int
+    ) -> None:
         from fastmerge.triton_kernels.fused import merge_elements_kernel
 
-        wide = chunk.compute is DType.F64
-        for begin, span in spans(chunk, plan.drop, SPAN_OF[plan.drop is not None]):
-            ready = self.prepare(plan, span, begin)
-            for a, n, programs, masked in self.pieces(span.n, self.tiles.block):
-                part = sliced(span, a, a + n)
-                to = out.address + (begin + a) * out.dtype.itemsize
-                r = ready.advanced(a, wide)
-                self.launch(
-                    merge_elements_kernel, (programs,),
-                    part.base.address if part.base else 0,
-                    tuple(x.address for x in part.experts), to, table, r.given, r.thresholds,
-                    r.inverses, r.stride, flag, part.start, n, max(1, part.cols),
-                    OUT=out.dtype.code, MASKED=masked, 
-                    **self.operand_flags(part, to, *given_of(r)), **plan.flags,
-                )  # fmt: skip
+        ready = self.prepare(plan, span, begin)
+        for a, n, programs, masked in self.pieces(span.n, self.tiles.block):
+            part = sliced(span, a, a + n)
+            to = out.address + a * out.dtype.itemsize
+            r = ready.advanced(a, span.compute is DType.F64)
+            self.launch(
+                merge_elements_kernel, (programs,), part.base.address if part.base else 0,
+                tuple(x.address for x in part.experts), to, table, r.given, r.thresholds,
+                r.inverses, r.stride, flag, part.start, n, max(1, part.cols),
+                OUT=out.dtype.code, MASKED=masked,
+                **self.operand_flags(part, to, *given_of(r)), **plan.flags,
+            )  # fmt: skip
 
     def refuses(self, walk: Walk) -> str | None:
         if walk.transform is not None and len(walk.transform.arguments) > MOST_ARGUMENTS:
@@ -278,7 +340,7 @@ class TritonKernels(Kernels):
             )
         return None
 
-    def mask_span(self, plan: Plan, chunk: Chunk, table: int, ready: Prepared) -> Tensor:
+    def mask_span(self, plan: Plan, chunk: Dense, table: int, ready: Prepared) -> Tensor:
         """Return [K, n] uint8 of one span: what the keep stages leave."""
         from fastmerge.triton_kernels.fused import keep_elements_kernel
 
@@ -302,8 +364,9 @@ class TritonKernels(Kernels):
         if chunk.n == 0 or not chunk.experts:
             return self._as_operands(self.zeros(len(chunk.experts), chunk.n, dtype="uint8"))
         table = self.upload(plan.table())
-        ready = self.prepare(plan, chunk)
-        return self._as_operands(self.mask_span(plan, chunk, table.data_ptr(), ready).contiguous())
+        dense = self.dense(chunk)
+        ready = self.prepare(plan, dense)
+        return self._as_operands(self.mask_span(plan, dense, table.data_ptr(), ready).contiguous())
 
     def keep_probability(self, drop: RankedDrop, chunk: Chunk) -> Any:
         p = self.empty(len(chunk.experts), chunk.n, dtype="float64")
@@ -329,7 +392,7 @@ class TritonKernels(Kernels):
         return triton_sweeps.BalanceSweep(self, statistic, n_experts, wide)
 
 
-#: By whether a ranked drop makes scratch memory: a walk without it is cut by nothing.
+#: By whether scratch memory is made, for a ranked drop or for codes: a walk without it is cut by nothing.
 SPAN_OF = {True: 1 << 23, False: 1 << 62}
 
 

@@ -224,13 +224,15 @@ def variance_keys(kernels: TritonKernels, chunk: Chunk) -> Tensor:
     keys = kernels.empty(chunk.n, dtype="int64" if wide else "int32")
     flags = ("BASE", "TYPES", "BLOCK", "ALIGNED")
     n_experts = int(real_words([len(chunk.experts)], wide)[0])
-    for a, n, programs, masked in kernels.pieces(chunk.n, kernels.tiles.block):
-        part = sliced(chunk, a, a + n)
-        described = kernels.operand_flags(part)
-        kernels.launch(
-            write_variance_keys_kernel, (programs,), part.base.address if part.base else 0,
-            tuple(x.address for x in part.experts), keys.data_ptr() + a * keys.element_size(),
-            n_experts, n, K=len(part.experts), HAS_BASE=part.base is not None, WIDE=wide,
-            MASKED=masked, **{name: described[name] for name in flags},
-        )  # fmt: skip
+    for begin, span in kernels.dense_spans(chunk):
+        for a, n, programs, masked in kernels.pieces(span.n, kernels.tiles.block):
+            part = sliced(span, a, a + n)
+            described = kernels.operand_flags(part)
+            at = keys.data_ptr() + (begin + a) * keys.element_size()
+            kernels.launch(
+                write_variance_keys_kernel, (programs,), part.base.address if part.base else 0,
+                tuple(x.address for x in part.experts), at,
+                n_experts, n, K=len(part.experts), HAS_BASE=part.base is not None, WIDE=wide,
+                MASKED=masked, **{name: described[name] for name in flags},
+            )  # fmt: skip
     return keys

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.backends import Chunk
+from fastmerge.backends import Buffer, Chunk
 from fastmerge.backends.lowering import DIVIDE, ON_ZERO, VOTES, given_masks
 from fastmerge.stages import F64, Axis, Cut, Drop, Keep, RankedDrop, Walk
 
@@ -179,19 +179,35 @@ def lower_walk(walk: Walk, n_experts: int, wide: bool) -> Plan:
 # ---- pieces of a chunk ---------------------------------------------------------------------------
 
 
-def sliced(chunk: Chunk, a: int, b: int) -> Chunk:
+@dataclass(frozen=True)
+class Dense(Chunk):
+    """A chunk without codes: every operand is elements in memory."""
+
+    base: Buffer | None
+    experts: Sequence[Buffer]
+
+
+AnyChunk = TypeVar("AnyChunk", bound=Chunk)
+
+
+def sliced(chunk: AnyChunk, a: int, b: int) -> AnyChunk:
     """Return elements [a, b) of a chunk."""
     if (a, b) == (0, chunk.n):
         return chunk
-    base = chunk.base.slice(a, b) if chunk.base else None
-    experts = [x.slice(a, b) for x in chunk.experts]
-    return Chunk(base, experts, chunk.start + a, b - a, chunk.cols, chunk.compute)
+    base: Any = chunk.base.slice(a, b) if chunk.base else None
+    experts: Any = [x.slice(a, b) for x in chunk.experts]
+    return replace(chunk, base=base, experts=experts, start=chunk.start + a, n=b - a)
 
 
-def spans(chunk: Chunk, drop: RankedDrop | None, most: int = SPAN) -> Iterator[tuple[int, Chunk]]:
-    """Cut a chunk into parts of about `most` elements that hold whole units of a ranked drop."""
-    step = most
+def spans(
+    chunk: AnyChunk, drop: RankedDrop | None, most: int = SPAN, unit: int = 1
+) -> Iterator[tuple[int, AnyChunk]]:
+    """Cut a chunk into parts of about `most` elements that hold whole units of a ranked drop.
+
+    unit: elements that all but the last part are a multiple of.
+    """
     if drop is not None:
-        step = max(1, most // chunk.cols) * chunk.cols if drop.axis is Axis.ROW else chunk.n
+        unit = math.lcm(unit, chunk.cols) if drop.axis is Axis.ROW else chunk.n
+    step = max(1, most // max(1, unit)) * unit
     for a in range(0, chunk.n, max(1, step)):
         yield a, sliced(chunk, a, min(chunk.n, a + step))

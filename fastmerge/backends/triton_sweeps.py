@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.backends import Chunk, Sweep
+from fastmerge.backends.triton_coded import is_coded
 from fastmerge.backends.triton_plan import (
     SPAN,
+    Dense,
     lower_keep,
     lower_walk,
     sliced,
@@ -83,7 +85,7 @@ class _Segments:
         self._sums: list[Tensor] = []
 
     def feed(
-        self, kernels: TritonKernels, chunk: Chunk, x: int, y: int, mask: int, term: int
+        self, kernels: TritonKernels, chunk: Dense, x: int, y: int, mask: int, term: int
     ) -> None:
         """Go on with a piece. mask: address of what is kept of it, or 0."""
         skew = self.position % SEGMENT
@@ -111,7 +113,7 @@ class _Segments:
 
 def sum_lanes(
     kernels: TritonKernels,
-    chunk: Chunk,
+    chunk: Dense,
     x: int,
     y: int,
     mask: int,
@@ -172,7 +174,8 @@ class MomentSweep(Sweep):
 
     def feed(self, chunk: Chunk, offset: int = 0) -> None:
         plan = self._plan
-        for begin, span in spans(chunk, plan.drop if plan else None):
+        for begin, coded in spans(chunk, plan.drop if plan else None):
+            span = self._kernels.dense(coded)
             kept = None
             if plan is not None and self._table is not None:
                 ready = self._kernels.prepare(plan, span, begin)
@@ -222,8 +225,9 @@ class GramSweep(Sweep):
             rows = max(1, min(SPAN // chunk.cols, MOST_ROWS))
             most = rows * chunk.cols
         elif self._request.axis is Axis.COLUMN:
-            most = chunk.n
-        for _, span in spans(chunk, None, most):
+            most = max(1, SPAN // chunk.cols) * chunk.cols if is_coded(chunk) else chunk.n
+        for _, coded in spans(chunk, None, most):
+            span = self._kernels.dense(coded)
             rows = span.n // span.cols
             for p in range(len(self._pairs)):
                 if self._request.axis is Axis.TENSOR:
@@ -234,14 +238,14 @@ class GramSweep(Sweep):
                     self._feed_columns(p, span, rows)
             self._rows += rows
 
-    def _feed_rows(self, p: int, span: Chunk, rows: int) -> None:
+    def _feed_rows(self, p: int, span: Dense, rows: int) -> None:
         each = -(-span.cols // SEGMENT)
         lanes = sum_lanes(
             self._kernels, span, *self._pairs[p], 0, PRODUCT, 0, span.cols, each, rows * each
         )
         self._parts[p].append(tree_sum(fold_lanes(lanes[0]).view(rows, each)))
 
-    def _feed_columns(self, p: int, span: Chunk, rows: int) -> None:
+    def _feed_columns(self, p: int, span: Dense, rows: int) -> None:
         from fastmerge.backends.triton import aligned
         from fastmerge.triton_kernels.stats import sum_columns_kernel
 
@@ -319,7 +323,8 @@ class BalanceSweep(Sweep):
         from fastmerge.triton_kernels.fused import tally_votes_kernel
 
         kernels = self._kernels
-        for begin, span in spans(chunk, self._plan.drop):
+        for begin, coded in spans(chunk, self._plan.drop):
+            span = kernels.dense(coded)
             ready = kernels.prepare(self._plan, span, begin)
             for a, n, programs, masked in kernels.pieces(span.n, kernels.tiles.block):
                 part = sliced(span, a, a + n)
