@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
 from fastmerge.backends.streamed_order import scratch_bytes
+from fastmerge.backends.triton_plan import SPAN
+from fastmerge.checkpoint.coded import CodedInfo
 from fastmerge.dtypes import DType
 from fastmerge.errors import DeviceMemoryError, RecipeError
 from fastmerge.jobs import (
@@ -358,9 +360,26 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend
     """Bound what kernels on a device allocate for n elements of a job at once, and for its walk's parts.
 
     Keys of one expert (Triton), or what cuts in pieces take; ranks of a ranked drop, 4 bytes each and, where
-    rows are not sorted in place, keys, their order and its inverse; decisions, a bit each.
+    rows are not sorted in place, keys, their order and its inverse; decisions, a bit each; codes as float32
+    (Triton).
     """
     request = _first_statistic(plan, job)
+    coded = _decoded(job, n, request) if backend == "triton" else 0
+    return coded + _statistic_scratch(plan, job, request, n, item_bytes, backend)
+
+
+def _decoded(job: TensorJob, n: int, request: Statistic | None) -> int:
+    """Bound what operands take as float32, and a result before it is coded and decoded again."""
+    operands = sum(isinstance(o.info, CodedInfo) for o in job.operands)
+    result = job.stored.coding.dtype.itemsize + 3 * 4 if job.stored else 0
+    drop = request.keep.drop if isinstance(request, Moments) else None
+    whole = isinstance(drop, RankedDrop) and drop.axis is not Axis.ROW
+    return (n if whole else min(n, SPAN)) * (4 * operands + result)
+
+
+def _statistic_scratch(
+    plan: Plan, job: TensorJob, request: Statistic | None, n: int, item_bytes: int, backend: str
+) -> int:
     experts, wide = len(job.experts), job.compute is DType.F64
     word = 8 if wide else 4
     if isinstance(request, OrderStatistic):

@@ -32,6 +32,7 @@ from fastmerge.evaluate import (
     Operands,
     Ranges,
     peak,
+    refuse_unwritable,
     resolve,
     resolve_model,
     start_walks,
@@ -166,7 +167,12 @@ class Engine:
         self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
-        """Merge everything into the output folder's files (not yet committed)."""
+        """Merge everything into the output folder's files (not yet committed).
+
+        Raises:
+            BackendError: the kernels cannot write a format of the plan; nothing was read.
+        """
+        refuse_unwritable(self.kernels, {j.stored.coding: j for j in self.jobs if j.stored})
         with self._working():
             self._merge_all()
         for checkpoint in self.plan.checkpoints:

@@ -19,6 +19,7 @@ import numpy as np
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
 from fastmerge.backends.memory import bytes_of, copy_bytes, to_host
 from fastmerge.backends.through_dense import decoded
+from fastmerge.coding import Coding
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
@@ -186,7 +187,10 @@ def start_walks(
                 copies.append((t, out, source))
             walk, operands = identity(operands, walk)
         refuse_unrunnable(kernels, walk)
-        unit = out.unit if isinstance(out, Coded) else 1
+        unit = 1
+        if isinstance(out, Coded):
+            refuse_unwritable(kernels, [out.coding])
+            unit = out.unit
         for a, chunk in operands.chunks(grain(walk), limit, walk.add_base, unit):
             cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
             parts.append((cut, chunk, out.slice(a, a + chunk.n)))
@@ -237,6 +241,14 @@ def refuse_unrunnable(kernels: Kernels, walk: Walk) -> None:
     reason = kernels.refuses(walk)
     if reason:
         raise BackendError(f"{kernels.name} cannot run this walk: {reason}")
+
+
+def refuse_unwritable(kernels: Kernels, codings: Iterable[Coding]) -> None:
+    """Raise BackendError if there is a coding that these kernels cannot write."""
+    for coding in codings:
+        reason = kernels.refuses_coding(coding)
+        if reason:
+            raise BackendError(f"{kernels.name} cannot write this format: {reason}")
 
 
 def first_nonfinite(operand: Buffer | Coded) -> int | None:

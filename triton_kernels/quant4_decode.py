@@ -4,8 +4,10 @@ docs/formats.md is the definition; csrc/core/four_bit the same in C++. Moves 4 b
 (half a byte to one); a group's scale and the byte that neighbours share come from the first cache.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .element import divide, pointer_of, unit_of, widen
 from .quant4 import (
@@ -46,6 +48,20 @@ F16 = tl.constexpr(2)
 #: Elements and bytes of a GGUF block, by format less Q4_0.
 BLOCK_ELEMENTS = tl.constexpr((32, 32, 32, 256, 32, 64, 0, 0, 256))
 BLOCK_BYTES = tl.constexpr((18, 20, 34, 144, 17, 36, 0, 0, 210))
+
+
+def dynamic_map() -> Tensor:
+    """Return [256] float32 on the host: bitsandbytes' values of 8-bit codes, ascending.
+
+    Decade i of 7 holds the 2^i means between 2^i + 1 even steps from 0.1 to 1, times 10^(i - 6), with both
+    signs; 0 and 1 are added.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        ends = torch.linspace(0.1, 1, 2**i + 1)
+        means = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - 6)
+        values += [means, -means]
+    return torch.cat(values).sort().values
 
 
 @triton.jit
@@ -122,14 +138,17 @@ def decode_int4(
 
 @triton.jit
 def decode_micro(
-    codes, scales, row, col, cols, divisor, live, FORMAT: tl.constexpr, GROUP: tl.constexpr
-):
-    """E2M1, low nibble first, with a byte of scale."""
+    codes, scales, row, col, cols, tensor_scale, live,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, OTHER_RULE: tl.constexpr,
+):  # fmt: skip
+    """E2M1, low nibble first, with a byte of scale. OTHER_RULE: NVFP4's scale of the tensor is a factor."""
     byte = load_byte(codes, row * (cols // 2) + col // 2, live)
     value = e2m1_value((byte >> (col % 2 * 4)) & 15)
     code = load_byte(scales, row * groups_in(cols, GROUP) + group_of_column(col, GROUP), live)
-    if FORMAT == NVFP4:
-        scale = nvfp4_scale(code, divisor)
+    if FORMAT == NVFP4 and OTHER_RULE:
+        scale = e4m3_value(code) * tensor_scale
+    elif FORMAT == NVFP4:
+        scale = nvfp4_scale(code, tensor_scale)
     else:
         scale = e8m0_value(code)
     return value * scale
@@ -278,7 +297,7 @@ def decode_kernel(
     cols: tl.int64,
     rank: tl.int64,
     offset,  # float32: what nested scales are above
-    tensor_scale,  # float32: NVFP4's divisor, GGUF NVFP4's factor
+    tensor_scale,  # float32: NVFP4's divisor (OTHER_RULE: factor), GGUF NVFP4's factor
     low_scale,  # float32
     FORMAT: tl.constexpr,
     TYPE: tl.constexpr,
@@ -286,6 +305,7 @@ def decode_kernel(
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    OTHER_RULE: tl.constexpr,
     V1: tl.constexpr,
     ROTARY: tl.constexpr,
     NESTED: tl.constexpr,
@@ -314,7 +334,7 @@ def decode_kernel(
         )  # fmt: skip
     elif FORMAT == NVFP4 or FORMAT == MXFP4:
         value = decode_micro(
-            codes, scales, at, narrow, cols, tensor_scale, live, FORMAT, GROUP
+            codes, scales, at, narrow, cols, tensor_scale, live, FORMAT, GROUP, OTHER_RULE
         )  # fmt: skip
     elif FORMAT == GPTQ or FORMAT == AWQ:
         value = decode_words(

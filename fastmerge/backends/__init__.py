@@ -184,6 +184,10 @@ class Kernels(Protocol):
         """Return why this backend cannot run `walk`, or None."""
         return refuses_transform(walk)
 
+    def refuses_coding(self, coding: Coding) -> str | None:
+        """Return why this backend cannot write results of `coding`, or None."""
+        return None
+
     def keep_mask(self, keep: Any, chunk: Chunk) -> Any:
         """Return [K, n] uint8, where the operands are: which coordinates the keep stages leave."""
         ...

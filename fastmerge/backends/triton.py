@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep
-from fastmerge.backends.triton_coded import decode, encode, is_coded, residual_of
+from fastmerge.backends.triton_coded import (
+    decode,
+    encode,
+    is_coded,
+    residual_of,
+    why_not_written,
+)
 from fastmerge.backends.triton_plan import (
     MOST_ARGUMENTS,
     Dense,
@@ -29,6 +35,7 @@ from fastmerge.backends.triton_plan import (
     sliced,
     spans,
 )
+from fastmerge.coding import Coding
 from fastmerge.dtypes import DType
 from fastmerge.stages import (
     Axis,
@@ -154,9 +161,9 @@ class TritonKernels(Kernels):
     @cached_property
     def dynamic_map(self) -> Tensor:
         """[256] float32: what codes of bitsandbytes' nested scales stand for."""
-        from fastmerge.quant.bitsandbytes import dynamic_map
+        from fastmerge.triton_kernels.quant4_decode import dynamic_map
 
-        return self.upload(dynamic_map())
+        return self.upload(dynamic_map().numpy())
 
     def dense(self, chunk: Chunk) -> Dense:
         """Return the chunk with coded operands decoded to float32, in scratch memory of that size."""
@@ -339,6 +346,9 @@ class TritonKernels(Kernels):
                 f"give it at most {MOST_ARGUMENTS}"
             )
         return None
+
+    def refuses_coding(self, coding: Coding) -> str | None:
+        return why_not_written(coding)
 
     def mask_span(self, plan: Plan, chunk: Dense, table: int, ready: Prepared) -> Tensor:
         """Return [K, n] uint8 of one span: what the keep stages leave."""

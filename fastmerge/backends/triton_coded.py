@@ -8,7 +8,6 @@ from fastmerge.backends import Buffer, Chunk, Coded
 from fastmerge.backends.memory import tensor_of
 from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType
-from fastmerge.errors import BackendError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +19,7 @@ WORDS = (Format.GPTQ, Format.AWQ)
 BLOCKS = (Format.Q4_0, Format.Q4_1, Format.Q8_0, Format.GGUF_MXFP4)
 BYTES = (Format.FP8, Format.Q8_0)
 READ_ONLY = (Format.Q6_K, Format.GGUF_NVFP4, Format.INT8)
+CPU_OR_CUDA = "backend 'cpu' or 'cuda' can"
 
 #: Where output t of eight lies in a word, by t.
 NIBBLES = {Format.INT4: range(8), Format.GPTQ: range(8), Format.AWQ: (0, 4, 1, 5, 2, 6, 3, 7)}
@@ -34,9 +34,11 @@ def why_not_written(coding: Coding) -> str | None:
     if coding.format in READ_ONLY:
         return f"{name} is only read"
     if coding.format is Format.Q4_K:
-        return f"{name} is not written by backend 'triton'; backend 'cpu' or 'cuda' does"
+        return f"{name} is not written by it; {CPU_OR_CUDA}"
     if coding.search:
-        return f"scales of {name} by search are not for backend 'triton'; 'cpu' or 'cuda' has them"
+        return f"scales of {name} are not searched for by it; {CPU_OR_CUDA}"
+    if coding.format is Format.NVFP4 and coding.other_rule:
+        return f"{name} with a factor as the scale of the tensor is only read"
     return None
 
 
@@ -65,7 +67,7 @@ def decode(kernels: TritonKernels, coded: Coded) -> Buffer:
             float(coded.nested_offset), float(coded.tensor_scale), float(coded.low_scale),
             FORMAT=int(c.format), TYPE=c.dtype.code if c.format is Format.DENSE else 1,
             SCALE=int(c.scale), GROUP=c.group, GROUP_ROWS=c.group_rows, SYMMETRIC=c.symmetric,
-            V1=c.v1, ROTARY=c.rotary, NESTED=nested, ACT_ORDER="group_of" in slots,
+            OTHER_RULE=c.other_rule, V1=c.v1, ROTARY=c.rotary, NESTED=nested, ACT_ORDER="group_of" in slots,
             HAS_LOW_RANK=low is not None, LOW_TYPE=low.dtype.code if low else 1,
             BLOCK=block, LONG=coded.cols >= block,
         )  # fmt: skip
@@ -87,9 +89,6 @@ def encode(kernels: TritonKernels, out: Coded, values: Buffer, flag: int) -> Non
     """
     if out.n == 0:
         return
-    reason = why_not_written(out.coding)
-    if reason:
-        raise BackendError(reason)
     if out.coding.format is Format.DENSE:
         _store_rows(kernels, out, values, flag)
         return
