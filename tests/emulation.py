@@ -373,9 +373,13 @@ PARTS: dict[str, Callable[[], None]] = {
 
 
 if __name__ == "__main__":
+    import coded_merges
     import torch
 
     torch.set_num_threads(1)
     for part in sys.argv[1:]:
-        PARTS[part]()
+        if part in PARTS:
+            PARTS[part]()
+        else:
+            coded_merges.PARTS[part](kernels())
         print(f"{part}: as the cpu backend")

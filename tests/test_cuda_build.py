@@ -78,9 +78,11 @@ def plain_name(mangled: str) -> str:
     if walk:
         k, width, election = (int(x) for x in walk.groups())
         return f"walk {ELECTIONS[election]} K={k or 'any'} x{width}"
-    names = re.findall(r"\d+([a-z_]+_kernel)(I[fd]E)?", mangled)
-    name, real = names[-1]
-    return name.removesuffix("_kernel") + {"IfE": " f32", "IdE": " f64", "": ""}[real]
+    arguments = r"(?:I([fd])?(?:Lb([01])E)?(?:N\w*?\d(Dense|Any)LoadE)?)?"
+    name, real, flag, load = re.findall(r"\d+([a-z_]+_kernel)" + arguments, mangled)[-1]
+    words = [name.removesuffix("_kernel"), {"f": "f32", "d": "f64"}.get(real, "")]
+    words += ["coded" if load == "Any" else "", "q4_k" if flag == "1" else ""]
+    return " ".join(w for w in words if w)
 
 
 @cache

@@ -6,6 +6,7 @@
 #include "core/philox.hpp"
 #include "cuda/batch.hpp"
 #include "cuda/fused.hpp"
+#include "cuda/quant4.hpp"
 #include "cuda/select.hpp"
 #include "cuda/stats.hpp"
 
@@ -18,11 +19,26 @@ using namespace fastmerge;
 
 namespace {
 
+/// A coded result and how it is cut; memory is borrowed.
+struct PyResult {
+    CodedResult plan;
+
+    PyResult(const PyCoded& coded, const PyOperands& in) : plan(cuda::plan_result(coded.view, in.view)) {}
+    int64_t scratch_bytes() const {
+        return int64_t(plan.most_blocks) * plan.units * plan.down * plan.pitch * int64_t(sizeof(float));
+    }
+    void place(uintptr_t scratch, uintptr_t residual) {
+        if (scratch_bytes() > 0 && !scratch) throw std::invalid_argument("result: no scratch");
+        plan.scratch = reinterpret_cast<float*>(scratch);
+        plan.residual = reinterpret_cast<double*>(residual);
+    }
+};
+
 /// A batch with the Python objects that its plans live in until it is written, and then its image.
 struct PyBatch {
     Batch batch;
     std::vector<py::object> owned;
-    bool f64 = false;  // of the first job: what statistics compute in
+    Kind kind;  // of the first job: what statistics are over
 
     void add(const WalkPlan& plan, py::object plan_object, py::object operands, bool is_f64, uintptr_t kept,
              int64_t stride, uintptr_t rank, uintptr_t low, uintptr_t high, int64_t unit, uintptr_t out,
@@ -39,7 +55,7 @@ struct PyBatch {
         job.ranks.unit = unit;
         job.out = reinterpret_cast<void*>(out), job.out_type = dtype_of(out_type);
         job.bad = reinterpret_cast<int32_t*>(bad);
-        if (batch.n_jobs() == 0) f64 = is_f64;
+        if (batch.n_jobs() == 0) kind = {is_f64, has_coded(job.in)};
         owned.push_back(plan_object), owned.push_back(operands);
         batch.add(job, is_f64);
     }
@@ -76,7 +92,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
     m.doc() = "fastmerge CUDA kernels: see csrc/cuda and docs/numerics.md";
     bind_plans(m);
 
-    m.attr("PIECE") = PIECE;
+    m.attr("PIECE") = PIECE_ELEMENTS;
     m.attr("SEGMENT") = SEGMENT;
     m.attr("BLOCK") = BLOCK;
     m.attr("TREE_GROUP") = cuda::TREE_GROUP;
@@ -86,6 +102,11 @@ PYBIND11_MODULE(FM_MODULE, m) {
     m.attr("target_dtype") = py::dtype::of<Target>();
 
     py::class_<Queue>(m, "Queue").def(py::init<int, uintptr_t>());
+    py::class_<PyResult>(m, "Result")
+        .def(py::init<const PyCoded&, const PyOperands&>())
+        .def_property_readonly("tiles", [](const PyResult& r) { return r.plan.tiles; })
+        .def_property_readonly("scratch_bytes", &PyResult::scratch_bytes)
+        .def("place", &PyResult::place);
     py::class_<PyBatch>(m, "Batch")
         .def(py::init<>())
         .def("add_walk",
@@ -98,6 +119,20 @@ PYBIND11_MODULE(FM_MODULE, m) {
                  if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
                  if (!out || !bad) throw std::invalid_argument("walk: no place for its result");
                  b.add(w.plan, walk, operands, f64, kept, stride, rank, low, high, unit, out, out_type, bad);
+             })
+        .def("add_walk_coded",
+             [](PyBatch& b, py::object walk, py::object operands, bool f64, uintptr_t kept, int64_t stride,
+                uintptr_t rank, uintptr_t low, uintptr_t high, int64_t unit, py::object result,
+                uintptr_t bad) {
+                 const auto& w = walk.cast<const PyWalk&>();
+                 const auto& in = operands.cast<const PyOperands&>();
+                 check(w.plan.keep, in);
+                 if (w.plan.add_base && !in.view.base) throw std::invalid_argument("walk: no base to add to");
+                 if (!bad) throw std::invalid_argument("walk: no place for its result");
+                 const auto at = reinterpret_cast<uintptr_t>(&result.cast<const PyResult&>().plan);
+                 b.owned.push_back(result);
+                 b.add(w.plan, walk, operands, f64, kept, stride, rank, low, high, unit, at,
+                       int(DType::Coded), bad);
              })
         .def("add_walk_plan",  // for a statistic that goes by a walk's plan
              [](PyBatch& b, py::object walk, py::object operands, bool f64, uintptr_t kept, int64_t stride,
@@ -123,41 +158,46 @@ PYBIND11_MODULE(FM_MODULE, m) {
     m.def("walk", [](const Queue& q, const PyBatch& b) {
         on(q, [&](cudaStream_t s) { return cuda::run_walks(b.batch, s); });
     });
+    m.def("walk_peak", [](const Queue& q, const PyBatch& b, int type, uintptr_t found) {
+        on(q, [&](cudaStream_t s) {
+            return cuda::walk_peak(b.job(), b.in(), b.kind.f64, dtype_of(type), at<uint32_t>(found), s);
+        });
+    });
     m.def("keep_mask", [](const Queue& q, const PyBatch& b, uintptr_t mask) {
         on(q,
-           [&](cudaStream_t s) { return cuda::keep_mask(b.job(), b.in().n, b.f64, at<uint8_t>(mask), s); });
+           [&](cudaStream_t s) { return cuda::keep_mask(b.job(), b.in().n, b.kind, at<uint8_t>(mask), s); });
     });
     m.def("keep_bits", [](const Queue& q, const PyBatch& b, uintptr_t bits, int64_t words) {
         on(q, [&](cudaStream_t s) {
-            return cuda::keep_bits(b.job(), b.in().n, b.f64, at<uint64_t>(bits), words, s);
+            return cuda::keep_bits(b.job(), b.in().n, b.kind, at<uint64_t>(bits), words, s);
         });
     });
     m.def("keep_probability", [](const Queue& q, const PyBatch& b, uintptr_t p) {
         on(q, [&](cudaStream_t s) {
-            return cuda::keep_probability(b.job(), b.in().n, b.f64, at<double>(p), s);
+            return cuda::keep_probability(b.job(), b.in().n, b.kind, at<double>(p), s);
         });
     });
     m.def("sign_balance", [](const Queue& q, const PyBatch& b, uintptr_t balance) {
         on(q, [&](cudaStream_t s) {
-            return cuda::sign_balance(b.job(), b.in().n, b.f64, at<unsigned long long>(balance), s);
+            return cuda::sign_balance(b.job(), b.in().n, b.kind, at<unsigned long long>(balance), s);
         });
     });
     m.def("moment_leaves", [](const Queue& q, const PyBatch& b, bool square, int64_t total, uintptr_t leaves,
                               uintptr_t carried, uintptr_t carry) {
         on(q, [&](cudaStream_t s) {
-            return cuda::moment_leaves(b.job(), square, b.in(), b.f64, total, at<double>(leaves),
+            return cuda::moment_leaves(b.job(), square, b.in(), b.kind, total, at<double>(leaves),
                                        at<const double>(carried), at<double>(carry), s);
         });
     });
     m.def("largest", [](const Queue& q, const PyBatch& b, uintptr_t keys) {
         on(q, [&](cudaStream_t s) {
-            return cuda::largest(b.job(), b.in(), b.f64, at<unsigned long long>(keys), s);
+            return cuda::largest(b.job(), b.in(), b.kind, at<unsigned long long>(keys), s);
         });
     });
     m.def("gram_leaves", [](const Queue& q, const PyBatch& b, int axis, int64_t total, uintptr_t leaves,
                             uintptr_t carried, uintptr_t carry) {
         on(q, [&](cudaStream_t s) {
-            return cuda::gram_leaves(b.job(), Axis(axis), b.in(), b.f64, total, at<double>(leaves),
+            return cuda::gram_leaves(b.job(), Axis(axis), b.in(), b.kind, total, at<double>(leaves),
                                      at<const double>(carried), at<double>(carry), s);
         });
     });
@@ -170,7 +210,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
     });
     m.def("extremes", [](const Queue& q, const PyBatch& b, int64_t unit, uintptr_t low, uintptr_t high) {
         on(q, [&](cudaStream_t s) {
-            return cuda::extremes(b.job(), b.in(), b.f64, unit, at<double>(low), at<double>(high), s);
+            return cuda::extremes(b.job(), b.in(), b.kind, unit, at<double>(low), at<double>(high), s);
         });
     });
 
@@ -197,44 +237,48 @@ PYBIND11_MODULE(FM_MODULE, m) {
         });
     });
     m.def("count_digits", [](const Queue& q, const PyBatch& b, const Selection& s, int d) {
-        on(q, [&](cudaStream_t stream) { return cuda::count_digits(b.job(), b.in(), s, d, stream); });
+        on(q, [&](cudaStream_t stream) {
+            return cuda::count_digits(b.job(), b.in(), b.kind.coded, s, d, stream);
+        });
     });
     m.def("choose_digits", [](const Queue& q, const Selection& s, int d) {
         on(q, [&](cudaStream_t stream) { return cuda::choose_digits(s, d, stream); });
     });
     m.def("count_equals", [](const Queue& q, const PyBatch& b, const Selection& s, int64_t offset) {
-        on(q, [&](cudaStream_t stream) { return cuda::count_equals(b.job(), b.in(), s, offset, stream); });
+        on(q, [&](cudaStream_t stream) {
+            return cuda::count_equals(b.job(), b.in(), b.kind.coded, s, offset, stream);
+        });
     });
     m.def("locate_ties", [](const Queue& q, const Selection& s) {
         on(q, [&](cudaStream_t stream) { return cuda::locate_ties(s, stream); });
     });
     m.def("find_ties", [](const Queue& q, const PyBatch& b, const Selection& s, int64_t offset) {
-        on(q, [&](cudaStream_t stream) { return cuda::find_ties(b.job(), s, offset, stream); });
+        on(q, [&](cudaStream_t stream) { return cuda::find_ties(b.job(), b.kind.coded, s, offset, stream); });
     });
     m.def("select_units",
           [](const Queue& q, const PyBatch& b, const Selection& s, int64_t unit, int64_t units) {
               on(q, [&](cudaStream_t stream) {
-                  return cuda::select_units(b.job(), b.in(), s, unit, units, stream);
+                  return cuda::select_units(b.job(), b.in(), b.kind.coded, s, unit, units, stream);
               });
           });
     m.def("order_keys", [](const Queue& q, const PyBatch& b, int first, int last, uintptr_t keys) {
         if (first < -1 || first > last || last > b.in().n_experts)
             throw std::invalid_argument("order_keys: no such experts");
         on(q, [&](cudaStream_t s) {
-            return cuda::order_keys(b.job(), b.in(), b.f64, first, last, at<void>(keys), s);
+            return cuda::order_keys(b.job(), b.in(), b.kind, first, last, at<void>(keys), s);
         });
     });
     m.def("rank_scratch", [](const Queue& q, const PyBatch& b) {
         int64_t bytes = 0;
         on(q, [&](cudaStream_t) {
-            bytes = cuda::rank_scratch(b.in());
+            bytes = cuda::rank_scratch(b.in(), b.kind.coded);
             return cudaSuccess;
         });
         return bytes;
     });
     m.def("rank_rows", [](const Queue& q, const PyBatch& b, uintptr_t ranks, uintptr_t scratch) {
         on(q, [&](cudaStream_t s) {
-            return cuda::rank_rows(b.job(), b.in(), at<uint32_t>(ranks), at<void>(scratch), s);
+            return cuda::rank_rows(b.job(), b.in(), b.kind.coded, at<uint32_t>(ranks), at<void>(scratch), s);
         });
     });
 

@@ -10,7 +10,7 @@
 #include "core/philox.hpp"
 #include "core/plan.hpp"
 #include "core/types.hpp"
-#if !defined(__CUDACC__)
+#if !defined(FM_GPU)
 #include "core/four_bit/decode.hpp"
 #include "core/philox_lanes.hpp"
 #endif
@@ -18,19 +18,39 @@
 namespace fastmerge {
 namespace FM_ISA {
 
+// ---- loads ---------------------------------------------------------------------------------------------
+
+/// Reads operands that are not coded.
+struct DenseLoad {
+    static constexpr bool coded = false;
+    template <class Real, int N>
+    FM_HD static void run(const void* p, DType t, int64_t i, int m, Real* out) {
+        load_run<Real>(p, t, i, m, out);
+    }
+};
+
+#if !defined(FM_GPU)
+/// Reads any operand. csrc/cuda has its own, in kernels that are asked for it.
+struct AnyLoad {
+    template <class Real, int N>
+    static void run(const void* p, DType t, int64_t i, int m, Real* out) {
+        if (t != DType::Coded) return load_run<Real>(p, t, i, m, out);
+        float decoded[N];
+        decode_run(*static_cast<const Coded*>(p), i, m, decoded);
+        for (int j = 0; j < m; ++j) out[j] = Real(decoded[j]);
+    }
+};
+using UsualLoad = AnyLoad;
+#else
+using UsualLoad = DenseLoad;
+#endif
+
 /// Load elements [i, i + m) of one operand, relative to the chunk, zero behind; true if one is not finite.
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline bool load_block(const void* p, DType t, int64_t i, int m, Real* out) {
     if (m < N)
         for (int j = 0; j < N; ++j) out[j] = Real(0);
-#if !defined(__CUDACC__)
-    if (t == DType::Coded) {
-        float decoded[N];
-        decode_run(*static_cast<const Coded*>(p), i, m < N ? m : N, decoded);
-        for (int j = 0; j < m && j < N; ++j) out[j] = Real(decoded[j]);
-    } else
-#endif
-        load_run<Real>(p, t, i, m < N ? m : N, out);
+    Load::template run<Real, N>(p, t, i, m < N ? m : N, out);
     int bad = 0;
     for (int j = 0; j < N; ++j) bad |= key_of(out[j]) >= KeyOf<Real>::inf;
     return bad != 0;
@@ -42,9 +62,9 @@ FM_HD inline void subtract(Real* x, const Real* base) {
 }
 
 /// Load expert k's deltas (or values, without a base).
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline bool load_delta(const Operands& in, int k, int64_t i, int m, const Real* base, Real* d) {
-    const bool bad = load_block<Real, N>(in.expert[k], in.expert_type[k], i, m, d);
+    const bool bad = load_block<Real, N, Load>(in.expert[k], in.expert_type[k], i, m, d);
     if (in.base) subtract<Real, N>(d, base);
     return bad;
 }
@@ -70,10 +90,10 @@ FM_HD inline void variance_of(int K, Load&& load, Real* var) {
     }
     for (int j = 0; j < N; ++j) var[j] = var[j] / Real(K);
 }
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline void variance_block(const Operands& in, int64_t i, int m, const Real* base, Real* var) {
     variance_of<Real, N>(
-        in.n_experts, [&](int k, Real* d) { load_delta<Real, N>(in, k, i, m, base, d); }, var);
+        in.n_experts, [&](int k, Real* d) { load_delta<Real, N, Load>(in, k, i, m, base, d); }, var);
 }
 
 // ---- keep ----------------------------------------------------------------------------------------------
@@ -132,13 +152,13 @@ FM_HD inline KeyCut<Real> cut_of(const Cut& cut, int k, int64_t first, int64_t c
 /// 16-bit draws of elements [i, i + m), m <= N: element e uses block e >> 3, half-word e & 7. Runs of N < 64
 /// are whole and begin at a multiple of N.
 template <int N>
-FM_HD inline void draws16(uint64_t key, int64_t i, int m, uint32_t* out) {
+FM_HD inline void draws16(uint64_t key, int64_t i, [[maybe_unused]] int m, uint32_t* out) {
     if constexpr (N <= 8) {
         const Philox4 r = philox_block(key, uint64_t(i) >> 3);
         FM_UNROLL
         for (int j = 0; j < N; ++j) out[j] = half_of(r, (N == 8 ? 0 : int(i & 7)) + j);
     } else {
-#if !defined(__CUDACC__)
+#if !defined(FM_GPU)
         draws16_lanes(key, i, m, out);
 #endif
     }

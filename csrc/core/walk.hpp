@@ -52,28 +52,28 @@ FM_HD inline bool keep_expert(const Keep& keep, const Operands& in, const Ranks&
 }
 
 /// What the variance selects of a run.
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline void select_block(const Keep& keep, const Operands& in, int64_t i, int m, const Real* base,
                                Mask<Real>* select) {
     Real var[N];
-    variance_block<Real, N>(in, i, m, base, var);
+    variance_block<Real, N, Load>(in, i, m, base, var);
     for (int j = 0; j < N; ++j) select[j] = ~Mask<Real>(0);
     apply_cut<Real, N>(cut_of<Real>(keep.select, 0, in.start + i, in.cols), true, in.start + i, var, select);
 }
 
 /// A run of every expert, in order: f(k, d, v, keep, inverse) with v the kept delta, not yet rescaled; keep
 /// is null where everything is kept, inverse where nothing is rescaled. True if an expert is not finite.
-template <class Real, int N = BLOCK, class F>
+template <class Real, int N = BLOCK, class Load = UsualLoad, class F>
 FM_HD inline bool visit_experts(const Keep& keep, const Operands& in, const Ranks& ranks, int64_t i, int m,
                                 const Real* base, F&& f) {
     const bool plain = !keep.any() && !ranks.kept;
     Mask<Real> select[N];
-    if (keep.select.value) select_block<Real, N>(keep, in, i, m, base, select);
+    if (keep.select.value) select_block<Real, N, Load>(keep, in, i, m, base, select);
     bool bad = false;
     for (int k = 0; k < in.n_experts; ++k) {
         Real d[N], v[N], inv[N];
         Mask<Real> kept[N];
-        bad |= load_delta<Real, N>(in, k, i, m, base, d);
+        bad |= load_delta<Real, N, Load>(in, k, i, m, base, d);
         if (plain) {
             f(k, d, d, static_cast<const Mask<Real>*>(nullptr), static_cast<const Real*>(nullptr));
             continue;
@@ -141,19 +141,19 @@ FM_HD inline void finish_block(const WalkPlan& plan, Vote vote, const Camps<Real
 }
 
 /// Merge a run: elements [i, i + m) of the chunk. True if an operand is not finite.
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline bool walk_block(const WalkPlan& plan, const Operands& in, const Ranks& ranks, int64_t i, int m,
                              Real* merged) {
     Real base[N];
     bool bad = false;
-    if (in.base) bad |= load_block<Real, N>(in.base, in.base_type, i, m, base);
+    if (in.base) bad |= load_block<Real, N, Load>(in.base, in.base_type, i, m, base);
     if (in.n_experts == 0) {  // nothing to merge: the base itself
         for (int j = 0; j < N; ++j) merged[j] = base[j];
         return bad;
     }
     Camps<Real, N> camps;
     if (plan.vote != Vote::None) camps.clear();
-    bad |= visit_experts<Real, N>(
+    bad |= visit_experts<Real, N, Load>(
         plan.keep, in, ranks, i, m, base,
         [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inverse) {
             Real v[N], value[N];
@@ -168,20 +168,21 @@ FM_HD inline bool walk_block(const WalkPlan& plan, const Operands& in, const Ran
 }
 
 /// How many of a run elect plus, less those that elect minus.
-template <class Real, int N = BLOCK>
+template <class Real, int N = BLOCK, class Load = UsualLoad>
 FM_HD inline int64_t balance_block(const WalkPlan& plan, const Operands& in, const Ranks& ranks, int64_t i,
                                    int m) {
     Real base[N];
-    if (in.base) load_block<Real, N>(in.base, in.base_type, i, m, base);
+    if (in.base) load_block<Real, N, Load>(in.base, in.base_type, i, m, base);
     Camps<Real, N> camps;
     camps.clear();
-    visit_experts<Real, N>(plan.keep, in, ranks, i, m, base,
-                           [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inverse) {
-                               Real v[N], value[N];
-                               rescale_and_weigh<Real, N>(plan, in, k, i, m, kept, inverse, v, value);
-                               const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
-                               add_to_camps<Real, N>(plan.vote, false, Real(1), s, v, value, camps);
-                           });
+    visit_experts<Real, N, Load>(
+        plan.keep, in, ranks, i, m, base,
+        [&](int k, const Real*, const Real* kept, const Mask<Real>*, const Real* inverse) {
+            Real v[N], value[N];
+            rescale_and_weigh<Real, N>(plan, in, k, i, m, kept, inverse, v, value);
+            const Real s = plan.vote_scale ? Real(plan.vote_scale[k]) : Real(1);
+            add_to_camps<Real, N>(plan.vote, false, Real(1), s, v, value, camps);
+        });
     int64_t balance = 0;
     for (int j = 0; j < m; ++j) {
         const Real total =

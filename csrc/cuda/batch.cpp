@@ -35,11 +35,21 @@ Cut placed(const Cut& cut, size_t n_experts, Image& image) {
     return at;
 }
 
+/// The operand, or how it is coded in the image.
+const void* placed(const void* operand, DType type, Image& image) {
+    return type == DType::Coded ? image.put(static_cast<const Coded*>(operand), 1) : operand;
+}
+
 /// The job with its arrays in the image.
 Job placed(const Job& job, Image& image) {
     Job at = job;
     const size_t k = size_t(job.in.n_experts);
-    at.in.expert = image.put(job.in.expert, k);
+    std::vector<const void*> experts(k);
+    for (size_t e = 0; e < k; ++e) experts[e] = placed(job.in.expert[e], job.in.expert_type[e], image);
+    if (job.in.base) at.in.base = placed(job.in.base, job.in.base_type, image);
+    if (job.out_type == DType::Coded)
+        at.out = const_cast<CodedResult*>(image.put(static_cast<const CodedResult*>(job.out), 1));
+    at.in.expert = image.put(experts.data(), k);
     at.in.expert_type = image.put(job.in.expert_type, k);
     const Keep& keep = job.plan.keep;
     Keep& kept = at.plan.keep;
@@ -136,8 +146,8 @@ std::vector<Piece>& Batch::pieces_of(const Variant& variant, int n_experts) {
 void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job) {
     const Operands& in = jobs_[size_t(job)].in;
     const Keep& keep = jobs_[size_t(job)].plan.keep;
-    for (int64_t a = begin; a < end; a += PIECE) {
-        const Piece piece = {a, std::min(a + PIECE, end), job};
+    for (int64_t a = begin; a < end; a += PIECE_ELEMENTS) {
+        const Piece piece = {a, std::min(a + PIECE_ELEMENTS, end), job};
         Variant v = variant;
         if (v.unrolled > 0 && (is_split(keep.trim, n_experts, in.start + a, in.start + piece.end) ||
                                is_split(keep.remove, n_experts, in.start + a, in.start + piece.end) ||
@@ -147,10 +157,26 @@ void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t en
     }
 }
 
+void Batch::cut_tiles(const CodedResult& result, bool f64, int job) {
+    Variant v;
+    v.f64 = f64, v.shared_bytes = result.shared_bytes, v.most_blocks = result.most_blocks;
+    v.deep = result.coded.format == Format::Q4_K;
+    const int64_t tile = int64_t(result.unit_rows) * result.unit_cols * result.units * result.down;
+    const int64_t together = std::max<int64_t>(1, PIECE_ELEMENTS / tile);
+    for (int64_t a = 0; a < result.tiles; a += together)
+        pieces_of(v, 0).push_back({a, std::min(a + together, result.tiles), job});
+}
+
 void Batch::add(const Job& job, bool f64) {
     const int j = int(jobs_.size()), k = job.in.n_experts;
     jobs_.push_back(job);
     if (!job.out || job.in.n == 0) return;
+    if (job.out_type == DType::Coded) return cut_tiles(*static_cast<const CodedResult*>(job.out), f64, j);
+    if (has_coded(job.in)) {
+        Variant any;
+        any.f64 = f64, any.coded = true;
+        return cut(any, k, 0, job.in.n, j);
+    }
     const Variant fast = variant_of(job, f64);
     Variant rest;
     rest.f64 = f64;

@@ -10,7 +10,7 @@ namespace fastmerge {
 class Batch {
   public:
     /// Take a job: what its plan and operands point to is read by `fill`, but operands, given masks, ranks,
-    /// out and bad, which are device addresses.
+    /// out and bad, which are device addresses. What says how an operand or result is coded is read, too.
     void add(const Job& job, bool f64);
     /// Bytes of the image.
     size_t size() const;
@@ -37,6 +37,7 @@ class Batch {
     };
     std::vector<Piece>& pieces_of(const Variant& variant, int n_experts);
     void cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job);
+    void cut_tiles(const CodedResult& result, bool f64, int job);
 
     std::vector<Job> jobs_;
     std::vector<Group> groups_;

@@ -3,6 +3,7 @@
 #include "cuda/fused.cuh"
 #include "cuda/fused.hpp"
 #include "cuda/grid.cuh"
+#include "cuda/quant4.hpp"
 
 namespace fastmerge {
 namespace cuda {
@@ -27,7 +28,7 @@ __device__ __forceinline__ bool looks_at_values(const Keep& keep) {
 }
 
 /// What the keep stages leave of elements [i, i + N) of each expert, as bits: f(k, bits).
-template <class Real, int N, class F>
+template <class Real, int N, class Load, class F>
 __device__ __forceinline__ void visit_kept(const Job& job, int64_t i, F&& f) {
     const Keep& keep = job.plan.keep;
     const bool values = looks_at_values(keep);
@@ -35,15 +36,15 @@ __device__ __forceinline__ void visit_kept(const Job& job, int64_t i, F&& f) {
     Mask<Real> select[N], kept[N];
     FM_UNROLL
     for (int j = 0; j < N; ++j) d[j] = Real(0), select[j] = ~Mask<Real>(0);
-    if (values) load_base<Real, N>(job.in, i, base);
+    if (values) load_base<Real, N, Load>(job.in, i, base);
     if (keep.select.value) {
         Real var[N];
-        load_keyed<Real, N>(job.in, -1, i, var);
+        load_keyed<Real, N, Load>(job.in, -1, i, var);
         const int64_t first = job.in.start + i;
         apply_cut<Real, N>(cut_of<Real>(keep.select, 0, first, job.in.cols), true, first, var, select);
     }
     for (int k = 0; k < job.in.n_experts; ++k) {
-        if (values) load_deltas<Real, N>(job.in, k, i, base, d);
+        if (values) load_deltas<Real, N, Load>(job.in, k, i, base, d);
         // Always a mask: a pointer that may be null would keep it in memory.
         keep_expert<Real, N>(keep, job.in, job.ranks, k, i, N, d, select, kept, inverse);
         uint32_t bits = 0;
@@ -59,14 +60,14 @@ __device__ __forceinline__ bool is_run(const Job& job, int64_t i, int m) {
            (!splits_rows(job.plan.keep) || job.in.cols % RUN == 0);
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1) keep_mask_kernel(const Job* at, int64_t n, uint8_t* mask) {
     const Job& job = *at;
     const int64_t step = int64_t(gridDim.x) * THREADS * RUN;
     for (int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * RUN; i < n; i += step) {
         const int m = n - i < RUN ? int(n - i) : RUN;
         if (is_run(job, i, m))
-            visit_kept<Real, RUN>(job, i, [&](int k, uint32_t bits) {
+            visit_kept<Real, RUN, Load>(job, i, [&](int k, uint32_t bits) {
                 uint8_t* to = mask + k * n + i;
                 // A bit a byte: the product puts each of four bits into a byte of its own.
                 uint2 bytes;
@@ -78,12 +79,12 @@ __global__ void __launch_bounds__(THREADS, 1) keep_mask_kernel(const Job* at, in
             });
         else
             for (int j = 0; j < m; ++j)
-                visit_kept<Real, 1>(job, i + j,
-                                    [&](int k, uint32_t bit) { mask[k * n + i + j] = uint8_t(bit); });
+                visit_kept<Real, 1, Load>(job, i + j,
+                                          [&](int k, uint32_t bit) { mask[k * n + i + j] = uint8_t(bit); });
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     keep_bits_kernel(const Job* at, int64_t n, uint8_t* bits, int64_t stride) {
     const Job& job = *at;
@@ -93,24 +94,24 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int m = i >= n ? 0 : n - i < RUN ? int(n - i) : RUN;
         uint8_t* to = bits + i / RUN;
         if (is_run(job, i, m)) {
-            visit_kept<Real, RUN>(job, i, [&](int k, uint32_t run) { to[k * stride] = uint8_t(run); });
+            visit_kept<Real, RUN, Load>(job, i, [&](int k, uint32_t run) { to[k * stride] = uint8_t(run); });
             continue;
         }
         for (int k = 0; k < job.in.n_experts; ++k) to[k * stride] = 0;
         for (int j = 0; j < m; ++j)
-            visit_kept<Real, 1>(job, i + j,
-                                [&](int k, uint32_t bit) { to[k * stride] |= uint8_t(bit << j); });
+            visit_kept<Real, 1, Load>(job, i + j,
+                                      [&](int k, uint32_t bit) { to[k * stride] |= uint8_t(bit << j); });
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1) keep_probability_kernel(const Job* job, int64_t n, double* p) {
     const int64_t step = int64_t(gridDim.x) * THREADS;
     for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += step) {
         Real base[1], d[1];
-        if (job->in.base) load_block<Real, 1>(job->in.base, job->in.base_type, i, 1, base);
+        if (job->in.base) load_block<Real, 1, Load>(job->in.base, job->in.base_type, i, 1, base);
         for (int k = 0; k < job->in.n_experts; ++k) {
-            load_delta<Real, 1>(job->in, k, i, 1, base, d);
+            load_delta<Real, 1, Load>(job->in, k, i, 1, base, d);
             const double share =
                 rank_share(job->plan.keep, job->in, job->ranks, k, i, double(absolute(d[0])));
             p[k * n + i] = ranked_probability(job->plan.keep, k, share);
@@ -118,13 +119,13 @@ __global__ void __launch_bounds__(THREADS, 1) keep_probability_kernel(const Job*
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     sign_balance_kernel(const Job* job, int64_t n, unsigned long long* balance) {
     const int64_t step = int64_t(gridDim.x) * THREADS;
     int64_t mine = 0;
     for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += step)
-        mine += balance_block<Real, 1>(job->plan, job->in, job->ranks, i, 1);
+        mine += balance_block<Real, 1, Load>(job->plan, job->in, job->ranks, i, 1);
     for (int distance = 16; distance > 0; distance /= 2)
         mine += __shfl_down_sync(0xffffffffu, mine, distance);
     // Two's complement: adding the bits of a negative number subtracts.
@@ -148,7 +149,11 @@ cudaError_t run_walks(const Batch& batch, cudaStream_t stream) {
     const Job* jobs = batch.jobs();
     for (const Batch::Launch& l : batch.launches()) {
         cudaError_t status = cudaSuccess;
-        if (l.variant.unrolled < 0) {
+        if (l.variant.shared_bytes > 0) {
+            status = run_walks_coded(l, jobs, stream);
+        } else if (l.variant.coded) {
+            status = run_walks_any(l, jobs, stream);
+        } else if (l.variant.unrolled < 0) {
             const auto kernel = l.variant.f64 ? walk_each_kernel<double> : walk_each_kernel<float>;
             status = launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, 0)), dim3(THREADS), 0, stream,
                             jobs, l.pieces, l.n_pieces);
@@ -164,29 +169,27 @@ cudaError_t run_walks(const Batch& batch, cudaStream_t stream) {
     return cudaSuccess;
 }
 
-cudaError_t keep_mask(const Job* job, int64_t n, bool f64, uint8_t* mask, cudaStream_t stream) {
-    return over_elements(f64 ? keep_mask_kernel<double> : keep_mask_kernel<float>, n, stream, job, n, mask);
+cudaError_t keep_mask(const Job* job, int64_t n, Kind kind, uint8_t* mask, cudaStream_t stream) {
+    return over_elements(FM_KERNEL(keep_mask_kernel, kind), n, stream, job, n, mask);
 }
 
-cudaError_t keep_bits(const Job* job, int64_t n, bool f64, uint64_t* bits, int64_t words,
+cudaError_t keep_bits(const Job* job, int64_t n, Kind kind, uint64_t* bits, int64_t words,
                       cudaStream_t stream) {
-    return over_elements(f64 ? keep_bits_kernel<double> : keep_bits_kernel<float>, n, stream, job, n,
+    return over_elements(FM_KERNEL(keep_bits_kernel, kind), n, stream, job, n,
                          reinterpret_cast<uint8_t*>(bits), 8 * words);
 }
 
-cudaError_t keep_probability(const Job* job, int64_t n, bool f64, double* p, cudaStream_t stream) {
-    return over_elements(f64 ? keep_probability_kernel<double> : keep_probability_kernel<float>, n, stream,
-                         job, n, p);
+cudaError_t keep_probability(const Job* job, int64_t n, Kind kind, double* p, cudaStream_t stream) {
+    return over_elements(FM_KERNEL(keep_probability_kernel, kind), n, stream, job, n, p);
 }
 
 cudaError_t philox_words(uint32_t* words, cudaStream_t stream) {
     return launch(philox_kernel, dim3(1), dim3(1), 0, stream, words);
 }
 
-cudaError_t sign_balance(const Job* job, int64_t n, bool f64, unsigned long long* balance,
+cudaError_t sign_balance(const Job* job, int64_t n, Kind kind, unsigned long long* balance,
                          cudaStream_t stream) {
-    return over_elements(f64 ? sign_balance_kernel<double> : sign_balance_kernel<float>, n, stream, job, n,
-                         balance);
+    return over_elements(FM_KERNEL(sign_balance_kernel, kind), n, stream, job, n, balance);
 }
 
 }  // namespace cuda

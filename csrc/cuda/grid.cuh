@@ -17,6 +17,11 @@ unsigned resident_blocks(void (*kernel)(P...), int64_t wanted, size_t shared_byt
     return unsigned(std::max<int64_t>(1, std::min(wanted, most)));
 }
 
+/// The instance of a kernel of operands, name<Real, Load>, for a Kind.
+#define FM_KERNEL(name, kind)                                                   \
+    ((kind).coded ? ((kind).f64 ? name<double, AnyLoad> : name<float, AnyLoad>) \
+                  : ((kind).f64 ? name<double, DenseLoad> : name<float, DenseLoad>))
+
 inline int64_t divide_up(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }

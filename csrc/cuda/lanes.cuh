@@ -1,7 +1,9 @@
 // Neighbouring elements in one thread's registers: wide loads, widening, wide stores.
 #pragma once
-#include "core/walk.hpp"
 #include "cuda/launch.cuh"
+// Behind FM_GPU.
+#include "core/four_bit/few.hpp"
+#include "core/walk.hpp"
 
 namespace fastmerge {
 namespace cuda {
@@ -80,9 +82,24 @@ __device__ __forceinline__ void store_raw(const float* x, void* p, DType t, int6
     }
 }
 
+/// m elements of a coded operand, m <= FEW. Not inlined: the registers that formats need are not the
+/// kernel's.
+[[maybe_unused]] static __device__ __noinline__ void decode_elements(const Coded& coded, int64_t i, int m,
+                                                                     float* out) {
+    decode_few(coded, i, m, out);
+}
+
 /// Load V whole elements of any type, by wide loads where they are aligned.
-template <class Real, int V>
+template <class Real, int V, class Load = DenseLoad>
 __device__ __forceinline__ void load_elements(const void* p, DType t, int64_t i, Real* x) {
+    if constexpr (Load::coded)
+        if (t == DType::Coded) {
+            float decoded[V];
+            decode_elements(*static_cast<const Coded*>(p), i, V, decoded);
+            FM_UNROLL
+            for (int j = 0; j < V; ++j) x[j] = Real(decoded[j]);
+            return;
+        }
     if constexpr (sizeof(Real) == 4 && (V == 8 || V == 4)) {
         const char* at = static_cast<const char*>(p) + i * itemsize(t);
         const uintptr_t bytes = V == 8 || t == DType::F32 ? 16 : 8;
@@ -100,28 +117,38 @@ __device__ __forceinline__ void load_elements(const void* p, DType t, int64_t i,
     for (int j = 0; j < V; ++j) load_run<Real>(p, t, i + j, 1, x + j);
 }
 
+/// Reads any operand, whole runs.
+struct AnyLoad {
+    static constexpr bool coded = true;
+    template <class Real, int N>
+    __device__ static void run(const void* p, DType t, int64_t i, int, Real* out) {
+        load_elements<Real, N, AnyLoad>(p, t, i, out);
+    }
+};
+
 /// Load the base's elements; zeros where there is none: subtracting +0 changes nothing.
-template <class Real, int V>
+template <class Real, int V, class Load = DenseLoad>
 __device__ __forceinline__ void load_base(const Operands& in, int64_t i, Real* base) {
-    if (in.base) return load_elements<Real, V>(in.base, in.base_type, i, base);
+    if (in.base) return load_elements<Real, V, Load>(in.base, in.base_type, i, base);
     FM_UNROLL
     for (int j = 0; j < V; ++j) base[j] = Real(0);
 }
 
-template <class Real, int V>
+template <class Real, int V, class Load = DenseLoad>
 __device__ __forceinline__ void load_deltas(const Operands& in, int k, int64_t i, const Real* base, Real* d) {
-    load_elements<Real, V>(in.expert[k], in.expert_type[k], i, d);
+    load_elements<Real, V, Load>(in.expert[k], in.expert_type[k], i, d);
     FM_UNROLL
     for (int j = 0; j < V; ++j) d[j] = d[j] - base[j];
 }
 
 /// Deltas of expert k, or for k = -1 the variance over experts: what an order statistic is of.
-template <class Real, int V>
+template <class Real, int V, class Load = DenseLoad>
 __device__ __forceinline__ void load_keyed(const Operands& in, int k, int64_t i, Real* x) {
     Real base[V];
-    load_base<Real, V>(in, i, base);
-    if (k >= 0) return load_deltas<Real, V>(in, k, i, base, x);
-    variance_of<Real, V>(in.n_experts, [&](int e, Real* d) { load_deltas<Real, V>(in, e, i, base, d); }, x);
+    load_base<Real, V, Load>(in, i, base);
+    if (k >= 0) return load_deltas<Real, V, Load>(in, k, i, base, x);
+    variance_of<Real, V>(
+        in.n_experts, [&](int e, Real* d) { load_deltas<Real, V, Load>(in, e, i, base, d); }, x);
 }
 
 }  // namespace cuda

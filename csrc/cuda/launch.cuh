@@ -3,6 +3,8 @@
 // compiler gets csrc/emulate in place of CUDA.
 #pragma once
 
+#define FM_GPU 1  // for what headers of csrc/core have for one side alone, also where a GPU is emulated
+
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 /// Declares `T* name` at the start of the block's dynamic shared memory, aligned to 16 bytes.
@@ -23,17 +25,21 @@ namespace fastmerge {
 /// Without cudaFuncSetAttribute a block has no more dynamic shared memory than this.
 constexpr size_t default_shared_bytes = 48 << 10;
 
+/// Lets a block of `kernel` have as much dynamic shared memory; before its occupancy is asked for, too.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+    if (bytes <= default_shared_bytes) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 /// Launches `kernel` on `stream` of the current device; arguments convert as in a call.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    A... args) {
     static_assert(sizeof...(P) == sizeof...(A), "a launch passes every parameter of its kernel");
 #if defined(__CUDACC__)
-    if (shared_bytes > default_shared_bytes) {
-        const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (status != cudaSuccess) return status;
-    }
+    const cudaError_t status = allow_shared(kernel, shared_bytes);
+    if (status != cudaSuccess) return status;
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
     return cudaGetLastError();
 #else

@@ -23,20 +23,20 @@ __device__ __forceinline__ bool has_prefix(uint64_t key, const Target& t, int sh
 }
 
 /// Keys of [begin, end) of the chunk, several at a time per thread, in no particular order: f(key).
-template <class Real, class F>
+template <class Real, class Load, class F>
 __device__ __forceinline__ void visit_keys(const Operands& in, int k, int64_t begin, int64_t end, F&& f) {
     constexpr int V = sizeof(Real) == 4 ? 8 : 1;
     // Aligned as the chunk's first element is: what loads are aligned is the operands' own.
     const int64_t whole = begin + (end - begin) / V * V;
     for (int64_t i = begin + int64_t(threadIdx.x) * V; i < whole; i += THREADS * V) {
         Real x[V];
-        load_keyed<Real, V>(in, k, i, x);
+        load_keyed<Real, V, Load>(in, k, i, x);
         FM_UNROLL
         for (int j = 0; j < V; ++j) f(order_key(x[j]));
     }
     for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) {
         Real x[1];
-        load_keyed<Real, 1>(in, k, i, x);
+        load_keyed<Real, 1, Load>(in, k, i, x);
         f(order_key(x[0]));
     }
 }
@@ -56,7 +56,7 @@ struct BinRun {
     }
 };
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     count_digits_kernel(const Job* job, Selection s, int shift, int width, bool first, int64_t n_pieces) {
     FM_SHARED(uint32_t, bins);  // [n_ranks, DIGIT_BINS]
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     // Keys vary fastest: neighbouring blocks read the same piece of the base.
     for (int64_t task = blockIdx.x; task < n_pieces * s.n_keys; task += gridDim.x) {
         const int k = int(task % s.n_keys);
-        const int64_t begin = task / s.n_keys * PIECE, end = begin + PIECE < in.n ? begin + PIECE : in.n;
+        const int64_t begin = task / s.n_keys * PIECE_ELEMENTS,
+                      end = begin + PIECE_ELEMENTS < in.n ? begin + PIECE_ELEMENTS : in.n;
         for (int b = int(threadIdx.x); b < n_bins; b += THREADS) bins[b] = 0;
         __syncthreads();
         uint32_t nonzero = 0;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const Target t = s.targets[r * s.n_keys + k];
             if (t.open != 1) continue;
             BinRun run(bins + r * DIGIT_BINS);
-            visit_keys<Real>(in, s.variance ? -1 : k, begin, end, [&](uint64_t key) {
+            visit_keys<Real, Load>(in, s.variance ? -1 : k, begin, end, [&](uint64_t key) {
                 if (r == 0) nonzero += key != 0;
                 if (has_prefix(key, t, shift, width, first)) run.add(int(key >> shift & ((1u << width) - 1)));
             });
@@ -181,23 +182,25 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) at = t;
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     count_equals_kernel(const Job* job, Selection s, int64_t offset) {
     const Operands& in = job->in;
     const int64_t flat = offset + in.start;
-    const int64_t first = flat / PIECE, n = (flat + in.n - 1) / PIECE - first + 1;
+    const int64_t first = flat / PIECE_ELEMENTS, n = (flat + in.n - 1) / PIECE_ELEMENTS - first + 1;
     for (int64_t task = blockIdx.x; task < n * s.n_keys; task += gridDim.x) {
         const int k = int(task % s.n_keys);
         const int64_t piece = first + task / s.n_keys;
-        const int64_t begin = piece * PIECE - flat > 0 ? piece * PIECE - flat : 0,
-                      end = (piece + 1) * PIECE - flat < in.n ? (piece + 1) * PIECE - flat : in.n;
+        const int64_t begin = piece * PIECE_ELEMENTS - flat > 0 ? piece * PIECE_ELEMENTS - flat : 0,
+                      end = (piece + 1) * PIECE_ELEMENTS - flat < in.n ? (piece + 1) * PIECE_ELEMENTS - flat
+                                                                       : in.n;
         for (int r = 0; r < s.n_ranks; ++r) {
             const int64_t t = int64_t(r) * s.n_keys + k;
             if (s.targets[t].open != 2) continue;
             const uint64_t cut = s.targets[t].prefix;
             uint32_t equal = 0;
-            visit_keys<Real>(in, s.variance ? -1 : k, begin, end, [&](uint64_t key) { equal += key == cut; });
+            visit_keys<Real, Load>(in, s.variance ? -1 : k, begin, end,
+                                   [&](uint64_t key) { equal += key == cut; });
             for (int distance = 16; distance > 0; distance /= 2)
                 equal += __shfl_down_sync(ALL, equal, distance);
             if (threadIdx.x % 32 == 0 && equal) atomicAdd(s.equal + t * s.n_pieces + piece, equal);
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, 1) locate_ties_kernel(Selection s) {
 
 /// Find the q-th key of [begin, end) that equals `cut`: its index, or -1; q becomes what is left of it.
 /// shared: [WARPS + 2].
-template <class Real>
+template <class Real, class Load>
 __device__ __forceinline__ int64_t find_equal(const Operands& in, int k, int64_t begin, int64_t end,
                                               uint64_t cut, int64_t& q, int64_t* shared) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -237,7 +240,7 @@ __device__ __forceinline__ int64_t find_equal(const Operands& in, int k, int64_t
         bool equal = false;
         if (i < end) {
             Real x[1];
-            load_keyed<Real, 1>(in, k, i, x);
+            load_keyed<Real, 1, Load>(in, k, i, x);
             equal = order_key(x[0]) == cut;
         }
         const uint32_t votes = __ballot_sync(ALL, equal);
@@ -259,7 +262,7 @@ __device__ __forceinline__ int64_t find_equal(const Operands& in, int k, int64_t
     return -1;
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1) find_ties_kernel(const Job* job, Selection s, int64_t offset) {
     FM_SHARED(int64_t, shared);  // [WARPS + 2]
     const Operands& in = job->in;
@@ -268,17 +271,18 @@ __global__ void __launch_bounds__(THREADS, 1) find_ties_kernel(const Job* job, S
     if (t.open != 2 || t.piece < 0) return;
     __syncthreads();
     const int64_t flat = offset + in.start;
-    const int64_t begin = t.piece * PIECE - flat > 0 ? t.piece * PIECE - flat : 0,
-                  end = (t.piece + 1) * PIECE - flat < in.n ? (t.piece + 1) * PIECE - flat : in.n;
+    const int64_t begin = t.piece * PIECE_ELEMENTS - flat > 0 ? t.piece * PIECE_ELEMENTS - flat : 0,
+                  end = (t.piece + 1) * PIECE_ELEMENTS - flat < in.n ? (t.piece + 1) * PIECE_ELEMENTS - flat
+                                                                     : in.n;
     if (begin >= end) return;
     const int k = s.variance ? -1 : int(blockIdx.x) % s.n_keys;
-    const int64_t found = find_equal<Real>(in, k, begin, end, t.prefix, t.rank, shared);
+    const int64_t found = find_equal<Real, Load>(in, k, begin, end, t.prefix, t.rank, shared);
     if (found >= 0) t.last_tie = flat + found, t.open = 0;
     if (threadIdx.x == 0) at = t;
 }
 
 /// A block selects all cuts of one unit and key.
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     select_units_kernel(const Job* job, Selection s, int64_t unit, int64_t units) {
     FM_SHARED(int64_t, shared);  // [THREADS], then the bins
@@ -291,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int64_t u = task / s.n_keys, begin = u * unit, end = begin + unit;
         int64_t nonzero = 0;
         if (s.fraction >= 0) {
-            visit_keys<Real>(in, k, begin, end, [&](uint64_t x) { nonzero += x != 0; });
+            visit_keys<Real, Load>(in, k, begin, end, [&](uint64_t x) { nonzero += x != 0; });
             const int64_t before = sum_before(nonzero, shared);
             if (threadIdx.x == THREADS - 1) shared[0] = before + nonzero;
             __syncthreads();
@@ -309,7 +313,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     for (int b = int(threadIdx.x); b < DIGIT_BINS; b += THREADS) bins[b] = 0;
                     __syncthreads();
                     BinRun run(bins);
-                    visit_keys<Real>(in, k, begin, end, [&](uint64_t x) {
+                    visit_keys<Real, Load>(in, k, begin, end, [&](uint64_t x) {
                         if (has_prefix(x, t, shift, width, d == 0))
                             run.add(int(x >> shift & ((1u << width) - 1)));
                     });
@@ -320,7 +324,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
                 t.value = value_of<Real>(t.prefix), t.last_tie = END;
                 if (!s.all_ties)
-                    t.last_tie = in.start + find_equal<Real>(in, k, begin, end, t.prefix, t.rank, shared);
+                    t.last_tie =
+                        in.start + find_equal<Real, Load>(in, k, begin, end, t.prefix, t.rank, shared);
             }
             if (threadIdx.x == 0) t.open = 0, at = t;
             __syncthreads();
@@ -328,7 +333,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     order_keys_kernel(const Job* job, int first, int last, Key<Real>* keys) {
     const Operands& in = job->in;
@@ -336,7 +341,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int k = first; k < last; ++k)
         for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < in.n; i += step) {
             Real x[1];
-            load_keyed<Real, 1>(in, k, i, x);
+            load_keyed<Real, 1, Load>(in, k, i, x);
             keys[(k - first) * in.n + i] = order_key(x[0]);
         }
 }
@@ -352,6 +357,7 @@ constexpr int RANK_DIGIT = 4, RANK_BINS = 1 << RANK_DIGIT,
 
 /// Sort one row's keys, least digit first and stable, so that equal keys stay in order of index. Each thread
 /// has a run of neighbours: counted by digit and thread, the counts say where each run's keys of a digit go.
+template <class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     rank_rows_kernel(const Job* job, uint32_t* ranks, Ranked* scratch) {
     FM_SHARED(int64_t, shared);  // [THREADS], then counts [RANK_BINS, THREADS]
@@ -367,7 +373,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int64_t first = task / in.n_experts * cols;
         for (int64_t c = t; c < cols; c += THREADS) {
             float x[1];
-            load_keyed<float, 1>(in, k, first + c, x);
+            load_keyed<float, 1, Load>(in, k, first + c, x);
             from[c] = {order_key(x[0]), uint32_t(c)};
         }
         __syncthreads();
@@ -405,8 +411,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 constexpr size_t RANK_SHARED = THREADS * sizeof(int64_t) + RANK_BINS * THREADS * sizeof(uint32_t);
 
-unsigned rank_blocks(const Operands& in) {
-    return resident_blocks(rank_rows_kernel, in.n / in.cols * in.n_experts, RANK_SHARED);
+auto rank_kernel(bool coded) {
+    return coded ? rank_rows_kernel<AnyLoad> : rank_rows_kernel<DenseLoad>;
+}
+
+unsigned rank_blocks(const Operands& in, bool coded) {
+    return resident_blocks(rank_kernel(coded), in.n / in.cols * in.n_experts, RANK_SHARED);
 }
 
 }  // namespace
@@ -419,10 +429,11 @@ cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units
     return launch(open_targets_kernel, grid, dim3(THREADS), 0, stream, s, ranks, units, n);
 }
 
-cudaError_t count_digits(const Job* job, const Operands& in, const Selection& s, int d, cudaStream_t stream) {
-    const auto kernel = s.f64 ? count_digits_kernel<double> : count_digits_kernel<float>;
+cudaError_t count_digits(const Job* job, const Operands& in, bool coded, const Selection& s, int d,
+                         cudaStream_t stream) {
+    const auto kernel = FM_KERNEL(count_digits_kernel, (Kind{s.f64, coded}));
     const size_t shared = sizeof(uint32_t) * DIGIT_BINS * size_t(s.n_ranks);
-    const int64_t n_pieces = divide_up(in.n, PIECE);
+    const int64_t n_pieces = divide_up(in.n, PIECE_ELEMENTS);
     const dim3 grid(resident_blocks(kernel, n_pieces * s.n_keys, shared));
     return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, digit_shift(s.f64, d),
                   digit_width(s.f64, d), d == 0, n_pieces);
@@ -434,10 +445,10 @@ cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream) {
                   stream, s, digit_width(s.f64, d), d == 0, d == n_digits(s.f64) - 1);
 }
 
-cudaError_t count_equals(const Job* job, const Operands& in, const Selection& s, int64_t offset,
+cudaError_t count_equals(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t offset,
                          cudaStream_t stream) {
-    const auto kernel = s.f64 ? count_equals_kernel<double> : count_equals_kernel<float>;
-    const dim3 grid(resident_blocks(kernel, (divide_up(in.n, PIECE) + 1) * s.n_keys, 0));
+    const auto kernel = FM_KERNEL(count_equals_kernel, (Kind{s.f64, coded}));
+    const dim3 grid(resident_blocks(kernel, (divide_up(in.n, PIECE_ELEMENTS) + 1) * s.n_keys, 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, s, offset);
 }
 
@@ -446,40 +457,41 @@ cudaError_t locate_ties(const Selection& s, cudaStream_t stream) {
                   sizeof(int64_t) * THREADS, stream, s);
 }
 
-cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaStream_t stream) {
-    const auto kernel = s.f64 ? find_ties_kernel<double> : find_ties_kernel<float>;
+cudaError_t find_ties(const Job* job, bool coded, const Selection& s, int64_t offset, cudaStream_t stream) {
+    const auto kernel = FM_KERNEL(find_ties_kernel, (Kind{s.f64, coded}));
     return launch(kernel, dim3(unsigned(s.n_ranks * s.n_keys)), dim3(THREADS), sizeof(int64_t) * (WARPS + 2),
                   stream, job, s, offset);
 }
 
-cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
-                         cudaStream_t stream) {
-    const auto kernel = s.f64 ? select_units_kernel<double> : select_units_kernel<float>;
+cudaError_t select_units(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t unit,
+                         int64_t units, cudaStream_t stream) {
+    const auto kernel = FM_KERNEL(select_units_kernel, (Kind{s.f64, coded}));
     const size_t shared = sizeof(int64_t) * THREADS + sizeof(uint32_t) * DIGIT_BINS;
     const dim3 grid(resident_blocks(kernel, in.n / unit * s.n_keys, shared));
     return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, unit, units);
 }
 
-cudaError_t order_keys(const Job* job, const Operands& in, bool f64, int first, int last, void* keys,
+cudaError_t order_keys(const Job* job, const Operands& in, Kind kind, int first, int last, void* keys,
                        cudaStream_t stream) {
-    if (f64) {
-        const dim3 grid(resident_blocks(order_keys_kernel<double>, divide_up(in.n, THREADS), 0));
-        return launch(order_keys_kernel<double>, grid, dim3(THREADS), 0, stream, job, first, last,
-                      static_cast<uint64_t*>(keys));
-    }
-    const dim3 grid(resident_blocks(order_keys_kernel<float>, divide_up(in.n, THREADS), 0));
-    return launch(order_keys_kernel<float>, grid, dim3(THREADS), 0, stream, job, first, last,
-                  static_cast<uint32_t*>(keys));
+    const auto run = [&](auto kernel, auto* to) {
+        const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS), 0));
+        return launch(kernel, grid, dim3(THREADS), 0, stream, job, first, last, to);
+    };
+    if (kind.f64)
+        return run(kind.coded ? order_keys_kernel<double, AnyLoad> : order_keys_kernel<double, DenseLoad>,
+                   static_cast<uint64_t*>(keys));
+    return run(kind.coded ? order_keys_kernel<float, AnyLoad> : order_keys_kernel<float, DenseLoad>,
+               static_cast<uint32_t*>(keys));
 }
 
-int64_t rank_scratch(const Operands& in) {
-    return in.n == 0 ? 0 : int64_t(rank_blocks(in)) * 2 * in.cols * int64_t(sizeof(Ranked));
+int64_t rank_scratch(const Operands& in, bool coded) {
+    return in.n == 0 ? 0 : int64_t(rank_blocks(in, coded)) * 2 * in.cols * int64_t(sizeof(Ranked));
 }
 
-cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch,
+cudaError_t rank_rows(const Job* job, const Operands& in, bool coded, uint32_t* ranks, void* scratch,
                       cudaStream_t stream) {
-    return launch(rank_rows_kernel, dim3(rank_blocks(in)), dim3(THREADS), RANK_SHARED, stream, job, ranks,
-                  static_cast<Ranked*>(scratch));
+    return launch(rank_kernel(coded), dim3(rank_blocks(in, coded)), dim3(THREADS), RANK_SHARED, stream, job,
+                  ranks, static_cast<Ranked*>(scratch));
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
 // Launchers of csrc/cuda/select.cu: exact rank cuts by radix selection, and ranks within rows. Memory and
-// stream are the caller's; nothing allocates or waits.
+// stream are the caller's; nothing allocates or waits. coded: whether an operand of the job may be.
 #pragma once
 #include "cuda/job.hpp"
 #include "cuda/launch.cuh"
@@ -39,26 +39,27 @@ struct Selection {
 cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units, int64_t n,
                          cudaStream_t stream);
 /// Count digit d of a chunk's keys; then choose it once all chunks are counted.
-cudaError_t count_digits(const Job* job, const Operands& in, const Selection& s, int d, cudaStream_t stream);
+cudaError_t count_digits(const Job* job, const Operands& in, bool coded, const Selection& s, int d,
+                         cudaStream_t stream);
 cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream);
 /// Count keys equal to the cuts by piece of the flattened order, in which the chunk begins at `offset`; then
 /// find each cut's piece; then, of chunks in order, its last tie.
-cudaError_t count_equals(const Job* job, const Operands& in, const Selection& s, int64_t offset,
+cudaError_t count_equals(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t offset,
                          cudaStream_t stream);
 cudaError_t locate_ties(const Selection& s, cudaStream_t stream);
-cudaError_t find_ties(const Job* job, const Selection& s, int64_t offset, cudaStream_t stream);
+cudaError_t find_ties(const Job* job, bool coded, const Selection& s, int64_t offset, cudaStream_t stream);
 /// Everything for units of `unit` elements in one launch, a block each: targets [n_ranks, n_keys, units] of
 /// the whole tensor; the chunk holds those from in.start / unit on.
-cudaError_t select_units(const Job* job, const Operands& in, const Selection& s, int64_t unit, int64_t units,
-                         cudaStream_t stream);
+cudaError_t select_units(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t unit,
+                         int64_t units, cudaStream_t stream);
 
 /// Write the keys of |delta| of experts [first, last), or of the variance for first = -1, last = 0:
 /// [last - first, n] of 4 bytes, or of 8 for float64.
-cudaError_t order_keys(const Job* job, const Operands& in, bool f64, int first, int last, void* keys,
+cudaError_t order_keys(const Job* job, const Operands& in, Kind kind, int first, int last, void* keys,
                        cudaStream_t stream);
 /// Ranks of |delta| within rows of float32 deltas, [K, n]. scratch: bytes of rank_scratch.
-int64_t rank_scratch(const Operands& in);
-cudaError_t rank_rows(const Job* job, const Operands& in, uint32_t* ranks, void* scratch,
+int64_t rank_scratch(const Operands& in, bool coded);
+cudaError_t rank_rows(const Job* job, const Operands& in, bool coded, uint32_t* ranks, void* scratch,
                       cudaStream_t stream);
 
 }  // namespace cuda

@@ -31,19 +31,19 @@ __device__ __forceinline__ double moment_of(bool square, Real x) {
 }
 
 /// Deltas of expert k and what is kept of them, V at flat index `first`, which is a multiple of V.
-template <class Real, int V>
+template <class Real, int V, class Load>
 __device__ __forceinline__ void load_kept(const Job& job, int k, int64_t i, Real* d, Real* v) {
     Real base[V], inverse[V];
     Mask<Real> kept[V];
-    load_base<Real, V>(job.in, i, base);
-    load_deltas<Real, V>(job.in, k, i, base, d);
+    load_base<Real, V, Load>(job.in, i, base);
+    load_deltas<Real, V, Load>(job.in, k, i, base, d);
     keep_expert<Real, V>(job.plan.keep, job.in, job.ranks, k, i, V, d, nullptr, kept, inverse);
     FM_UNROLL
     for (int j = 0; j < V; ++j) v[j] = d[j];
     zero_dropped<Real, V>(kept, v);
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     moment_leaves_kernel(const Job* at, bool square, int64_t total, double* leaves, const double* carried,
                          double* carry) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (i <= -V || i >= in.n) continue;
                 if (whole_runs && i >= 0 && i + V <= in.n) {
                     Real d[V], v[V];
-                    load_kept<Real, V>(job, k, i, d, v);
+                    load_kept<Real, V, Load>(job, k, i, d, v);
                     FM_UNROLL
                     for (int j = 0; j < V; ++j)
                         all[j] += moment_of(square, d[j]), kept[j] += moment_of(square, v[j]);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     for (int j = 0; j < V; ++j)
                         if (i + j >= 0 && i + j < in.n) {
                             Real d[1], v[1];
-                            load_kept<Real, 1>(job, k, i + j, d, v);
+                            load_kept<Real, 1, Load>(job, k, i + j, d, v);
                             all[j] += moment_of(square, d[0]), kept[j] += moment_of(square, v[0]);
                         }
                 }
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1) largest_kernel(const Job* at, unsigned long long* keys) {
     const Job& job = *at;
     const int64_t step = int64_t(gridDim.x) * THREADS;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(THREADS, 1) largest_kernel(const Job* at, unsi
         unsigned long long all = 0, kept = 0;
         for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < job.in.n; i += step) {
             Real d[1], v[1];
-            load_kept<Real, 1>(job, k, i, d, v);
+            load_kept<Real, 1, Load>(job, k, i, d, v);
             const unsigned long long a = order_key(d[0]), b = order_key(v[0]);
             all = a > all ? a : all, kept = b > kept ? b : kept;
         }
@@ -129,7 +129,7 @@ __device__ __forceinline__ int64_t pair_of(int j, int k, int n_experts) {
 
 /// Two by two experts at a time: with more, sums leave the registers; with fewer, operands are read more
 /// often.
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     gram_leaves_kernel(const Job* at, bool by_row, int64_t total, double* leaves, const double* carried,
                        double* carry) {
@@ -176,14 +176,14 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (k >= K) return;
                 Real base[V];
                 if (full) {
-                    load_base<Real, V>(in, i, base);
-                    load_deltas<Real, V>(in, k, i, base, d);
+                    load_base<Real, V, Load>(in, i, base);
+                    load_deltas<Real, V, Load>(in, k, i, base, d);
                 } else {
                     FM_UNROLL
                     for (int v = 0; v < V; ++v)
                         if (v < left && i + v >= 0) {
-                            load_base<Real, 1>(in, i + v, base);
-                            load_deltas<Real, 1>(in, k, i + v, base, d + v);
+                            load_base<Real, 1, Load>(in, i + v, base);
+                            load_deltas<Real, 1, Load>(in, k, i + v, base, d + v);
                         }
                 }
             };
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 /// A thread per column, pair and block of 64 rows.
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     gram_columns_kernel(const Job* at, int64_t total, double* leaves, const double* carried, double* carry) {
     const Operands& in = at->in;
@@ -237,9 +237,9 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int64_t r = a; r < b; ++r) {
             const int64_t i = r * cols + c - in.start;
             Real base[1], x[1], y[1];
-            load_base<Real, 1>(in, i, base);
-            load_deltas<Real, 1>(in, j, i, base, x);
-            load_deltas<Real, 1>(in, k, i, base, y);
+            load_base<Real, 1, Load>(in, i, base);
+            load_deltas<Real, 1, Load>(in, j, i, base, x);
+            load_deltas<Real, 1, Load>(in, k, i, base, y);
             sum += double(x[0]) * double(y[0]);
         }
         if ((block + 1) * BLOCK <= row1 || row1 == rows)
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <class Real>
+template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     extremes_kernel(const Job* at, int64_t unit, double* low, double* high) {
     FM_SHARED(unsigned long long, shared);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         unsigned long long least = ~0ull, most = 0;
         for (int64_t i = threadIdx.x; i < unit; i += THREADS) {
             Real x[1];
-            load_keyed<Real, 1>(in, k, begin + i, x);
+            load_keyed<Real, 1, Load>(in, k, begin + i, x);
             const unsigned long long key = order_key(x[0]);
             least = key < least ? key : least, most = key > most ? key : most;
         }
@@ -365,31 +365,31 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, bool f64, int64_t total,
+cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, Kind kind, int64_t total,
                           double* leaves, const double* carried, double* carry, cudaStream_t stream) {
-    const auto kernel = f64 ? moment_leaves_kernel<double> : moment_leaves_kernel<float>;
+    const auto kernel = FM_KERNEL(moment_leaves_kernel, kind);
     const int64_t segments = (in.start + in.n + SEGMENT - 1) / SEGMENT - in.start / SEGMENT;
     const dim3 grid(resident_blocks(kernel, divide_up(segments, 32), 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, square, total, leaves, carried, carry);
 }
 
-cudaError_t largest(const Job* job, const Operands& in, bool f64, unsigned long long* keys,
+cudaError_t largest(const Job* job, const Operands& in, Kind kind, unsigned long long* keys,
                     cudaStream_t stream) {
-    const auto kernel = f64 ? largest_kernel<double> : largest_kernel<float>;
+    const auto kernel = FM_KERNEL(largest_kernel, kind);
     const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS), 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, keys);
 }
 
-cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, bool f64, int64_t total,
+cudaError_t gram_leaves(const Job* job, Axis axis, const Operands& in, Kind kind, int64_t total,
                         double* leaves, const double* carried, double* carry, cudaStream_t stream) {
     if (axis == Axis::Column) {
-        const auto kernel = f64 ? gram_columns_kernel<double> : gram_columns_kernel<float>;
+        const auto kernel = FM_KERNEL(gram_columns_kernel, kind);
         const int64_t pairs = int64_t(in.n_experts) * (in.n_experts + 1) / 2;
         const int64_t tasks = divide_up(in.n, BLOCK * in.cols) * pairs * in.cols;
         const dim3 grid(resident_blocks(kernel, divide_up(tasks, THREADS), 0));
         return launch(kernel, grid, dim3(THREADS), 0, stream, job, total, leaves, carried, carry);
     }
-    const auto kernel = f64 ? gram_leaves_kernel<double> : gram_leaves_kernel<float>;
+    const auto kernel = FM_KERNEL(gram_leaves_kernel, kind);
     const int halves = (in.n_experts + 1) / 2;
     const int64_t segments =
         axis == Axis::Row ? in.n / in.cols * divide_up(in.cols, SEGMENT) : divide_up(in.n, SEGMENT) + 1;
@@ -419,9 +419,9 @@ cudaError_t sum_tree(const double* leaves, int64_t n_units, int64_t n_leaves, in
                   nodes, n_leaves, width, sums);
 }
 
-cudaError_t extremes(const Job* job, const Operands& in, bool f64, int64_t unit, double* low, double* high,
+cudaError_t extremes(const Job* job, const Operands& in, Kind kind, int64_t unit, double* low, double* high,
                      cudaStream_t stream) {
-    const auto kernel = f64 ? extremes_kernel<double> : extremes_kernel<float>;
+    const auto kernel = FM_KERNEL(extremes_kernel, kind);
     const size_t shared = 2 * sizeof(unsigned long long);
     const dim3 grid(resident_blocks(kernel, in.n / unit * in.n_experts, shared));
     return launch(kernel, grid, dim3(THREADS), shared, stream, job, unit, low, high);

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.backends import Buffer, Chunk, Kernels, Sweep
-from fastmerge.backends.lowering import given_masks, lower_keep, lower_operands, lower_walk
+from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Sweep
+from fastmerge.backends.lowering import (
+    given_masks,
+    lower_coded,
+    lower_keep,
+    lower_operands,
+    lower_walk,
+)
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.stages import (
@@ -238,47 +244,81 @@ class CudaKernels(Kernels):
 
     # ---- the walk --------------------------------------------------------------------------------
 
-    def walk(self, walk: Walk, chunk: Chunk, out: Buffer) -> bool:
+    def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         return self.walks([(walk, chunk, out)])[0]
 
-    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> list[bool]:
+    def walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]) -> list[bool]:
         return self.start_walks(jobs)()
 
-    def start_walks(self, jobs: Sequence[tuple[Walk, Chunk, Buffer]]) -> Callable[[], list[bool]]:
+    def start_walks(
+        self, jobs: Sequence[tuple[Walk, Chunk, Buffer | Coded]]
+    ) -> Callable[[], list[bool]]:
         if not jobs:
             return lambda: []
         queue = self._queue()
         bad = queue.zeros(len(jobs), dtype="int32")
         batch = self._native.Batch()
         owned: list[Any] = []
+        residuals: list[tuple[Coded, Tensor]] = []
         for j, (walk, chunk, out) in enumerate(jobs):
             if not chunk.n:
                 continue
-            keep, drop = walk.keep, walk.keep.drop
-            rescales = drop is not None and drop.rescale
-            if isinstance(drop, RankedDrop) and not rescales and keep.given is None:
-                keep, ranks = self._decided(queue, keep, chunk)
-            else:
-                ranks = self._ranks(queue, keep, chunk)
-            owned.append(ranks)
-            batch.add_walk(
-                lower_walk(self._native, walk, self._lower_keep(queue, keep, ranks.owned)),
-                lower_operands(self._native, chunk, walk.add_base),
-                _is_f64(chunk),
-                *ranks.addresses,
-                out.address,
-                out.dtype.code,
-                bad[j:].data_ptr(),
-            )
+            lowered = self._lower_walk(queue, walk, chunk, owned)
+            place = bad[j:].data_ptr()
+            if isinstance(out, Buffer):
+                batch.add_walk(*lowered, out.address, out.dtype.code, place)
+                continue
+            result = self._native.Result(lower_coded(self._native, out), lowered[1])
+            scratch = queue.empty(result.scratch_bytes, dtype="uint8")
+            cost = queue.zeros(result.tiles if out.residual else 0, 2, dtype="float64")
+            result.place(scratch.data_ptr(), cost.data_ptr())
+            batch.add_walk_coded(*lowered, result, place)
+            owned.append(scratch)
+            residuals.append((out, cost))
         queue.place(batch)
         queue.run("walk", batch)
 
         def flags() -> list[bool]:
             found: list[bool] = (bad != 0).tolist()
             owned.clear()  # only now: the kernels have run
+            for coded, cost in residuals:
+                if coded.residual:
+                    coded.residual.add(*np.asarray(cost.cpu()).sum(axis=0).tolist())
+            residuals.clear()
             return found
 
         return flags
+
+    def _lower_walk(
+        self, queue: _Queue, walk: Walk, chunk: Chunk, owned: list[Any]
+    ) -> tuple[Any, ...]:
+        """Return what a batch takes of a walk: plan, operands, whether in float64, ranks."""
+        keep, drop = walk.keep, walk.keep.drop
+        rescales = drop is not None and drop.rescale
+        if isinstance(drop, RankedDrop) and not rescales and keep.given is None:
+            keep, ranks = self._decided(queue, keep, chunk)
+        else:
+            ranks = self._ranks(queue, keep, chunk)
+        owned.append(ranks)
+        return (
+            lower_walk(self._native, walk, self._lower_keep(queue, keep, ranks.owned)),
+            lower_operands(self._native, chunk, walk.add_base),
+            _is_f64(chunk),
+            *ranks.addresses,
+        )
+
+    def peak(self, walk: Walk, chunk: Chunk, dtype: DType) -> tuple[bool, float]:
+        if not chunk.n:
+            return False, 0.0
+        queue = self._queue()
+        found = queue.zeros(2, dtype="int32")  # whether not finite; a float32's bits
+        batch = self._native.Batch()
+        owned: list[Any] = []
+        batch.add_walk_plan(*self._lower_walk(queue, walk, chunk, owned))
+        queue.place(batch)
+        queue.run("walk_peak", batch, dtype.code, found.data_ptr())
+        bad, largest = np.asarray(found.cpu())
+        return bool(bad), float(largest.view(np.float32))
 
     def keep_mask(self, keep: Keep, chunk: Chunk) -> Any:
         queue = self._queue()

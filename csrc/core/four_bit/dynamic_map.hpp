@@ -10,7 +10,7 @@ namespace FM_ISA {
 
 /// Value of a code; ascending.
 FM_HD inline float dynamic_value(int code) {
-    const float positive[128] = {5.5000004e-7f, 3.2500002e-6f, 7.75e-6f,      2.1249998e-5f,
+    static const float positive[128] = {5.5000004e-7f, 3.2500002e-6f, 7.75e-6f,      2.1249998e-5f,
                                  4.375e-5f,     6.625e-5f,     8.875e-5f,     1.5625001e-4f,
                                  2.6875004e-4f, 3.8125002e-4f, 4.9375003e-4f, 6.062501e-4f,
                                  7.1875006e-4f, 8.3125e-4f,    9.437501e-4f,  0.0012812499f,
