@@ -163,8 +163,9 @@ def coded_table(data: Row) -> list[str]:
         ("faster by", lambda r: f"{rival(r) / r['coded']['seconds']:.0f}x"),
     ]
     what = (
-        f"TIES of {data['experts']} experts of {data['parameters'] / 1e6:.0f} M parameters in bf16, page cache "
-        f"warm, whole processes, medians of {data['runs']} runs by turns (rivals: 1), {data['threads']} threads"
+        f"TIES of {data['experts']} experts of {data['parameters'] / 1e6:.0f} M parameters in bf16, page "
+        f"cache warm, whole processes, medians of {data['runs']} runs by turns (rivals: 1), "
+        f"{data['threads']} threads"
     )
     return [provenance(data, what), *table(columns, data["rows"])]
 

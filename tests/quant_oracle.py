@@ -418,15 +418,17 @@ def q4_k(c: Coding, x: Floats) -> Bytes:
     final = []
     for s, sub in enumerate(x.reshape(8, 32)):
         step, base = f32(d) * f32(ls[s]), f32(dmin) * f32(lm[s])
-        final.append(
-            np.clip(np.rint((sub + base) / step), 0, 15) if step != 0 else codes[s]  # fmt: skip
-        )
+        final.append(np.clip(np.rint((sub + base) / step), 0, 15) if step != 0 else codes[s])
     packed = [ls[j] | (ls[j + 4] >> 4) << 6 for j in range(4)]
     packed += [lm[j] | (lm[j + 4] >> 4) << 6 for j in range(4)]
     packed += [(ls[j + 4] & 15) | (lm[j + 4] & 15) << 4 for j in range(4)]
     q = np.array(final).astype(np.uint8).reshape(4, 2, 32)
     return np.concatenate(
-        [as_bytes(np.array([d, dmin])), np.array(packed, np.uint8), (q[:, 0] | q[:, 1] << 4).ravel()]
+        [
+            as_bytes(np.array([d, dmin])),
+            np.array(packed, np.uint8),
+            (q[:, 0] | q[:, 1] << 4).ravel(),
+        ]
     )
 
 
