@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import fastmerge
-from fastmerge import api, budget, cli, ops
+from fastmerge import api, budget, ops, summaries
 from fastmerge.backends import Kernels
 from fastmerge.cli import main
 from fastmerge.errors import CheckpointError, DeviceError, DeviceMemoryError, NonFiniteError
@@ -228,9 +228,9 @@ def test_what_a_merge_takes_is_said_before_it_starts(family: Path) -> None:
     recipe.write_text(families.recipe("ties"))
     plan = fastmerge.plan(recipe, device=HostDevice(), max_vram="96MiB")
     assert plan.device is not None
-    assert cli._headline(plan).endswith(" on cpu, 2 tensors streamed")
-    assert f"{plan.device.total / 1e6:.3g} MB on cpu" in cli._headline(plan)
-    assert "streamed" not in cli._headline(fastmerge.plan(recipe))
+    assert summaries.headline(plan).endswith(" on cpu, 2 tensors streamed")
+    assert f"{plan.device.total / 1e6:.3g} MB on cpu" in summaries.headline(plan)
+    assert "streamed" not in summaries.headline(fastmerge.plan(recipe))
 
 
 @pytest.mark.parametrize(
