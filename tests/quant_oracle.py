@@ -412,13 +412,13 @@ def q4_k(c: Coding, x: Floats) -> Bytes:
     most, deepest = max(f32(0), *scale), max(f32(0), *(-m for m in low))
     by_scale = f32(63) / most if most > 0 else f32(0)
     by_low = f32(63) / deepest if deepest > 0 else f32(0)
-    ls = [min(63, int(np.rint(by_scale * s)) % 256) for s in scale]
-    lm = [min(63, int(np.rint(by_low * -m)) % 256) for m in low]
+    ls, lm = [six_bits(by_scale * s) for s in scale], [six_bits(by_low * -m) for m in low]
     d, dmin = np.float16(most / f32(63)), np.float16(deepest / f32(63))
     final = []
     for s, sub in enumerate(x.reshape(8, 32)):
         step, base = f32(d) * f32(ls[s]), f32(dmin) * f32(lm[s])
-        final.append(np.clip(np.rint((sub + base) / step), 0, 15) if step != 0 else codes[s])
+        anew = np.clip(np.rint((sub + base) / step), 0, 15)
+        final.append(anew if step != 0 else codes[s])
     packed = [ls[j] | (ls[j + 4] >> 4) << 6 for j in range(4)]
     packed += [lm[j] | (lm[j + 4] >> 4) << 6 for j in range(4)]
     packed += [(ls[j + 4] & 15) | (lm[j + 4] & 15) << 4 for j in range(4)]
@@ -430,6 +430,10 @@ def q4_k(c: Coding, x: Floats) -> Bytes:
             (q[:, 0] | q[:, 1] << 4).ravel(),
         ]
     )
+
+
+def six_bits(v: np.float32) -> int:
+    return min(63, int(np.rint(v)) % 256) if np.isfinite(v) else 0
 
 
 def total(terms: Floats) -> np.float32:
@@ -446,7 +450,8 @@ def q4_k_sub(x: Floats) -> tuple[np.float32, np.float32, Floats]:
     sum_w, sum_x = total(weight), total(weight * x)
 
     def grid(step: np.float32, low: np.float32) -> Floats:
-        return np.clip(np.rint(step * (x - low)), 0, 15).astype(f32)
+        v = step * (x - low)
+        return np.where(np.isnan(v), 0, np.clip(np.rint(v), 0, 15)).astype(f32)
 
     def error(scale: np.float32, low: np.float32, q: Floats) -> np.float32:
         d = scale * q + low - x
@@ -542,3 +547,83 @@ def encode(c: Coding, x: Floats) -> Slots:
             Format.DENSE: dense,
         }
         return by_format.get(f, gguf)(c, x)
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def low_nibble_first(packed: Bytes) -> Bytes:
+    return np.stack([packed & 15, packed >> 4], -1).reshape(-1)
+
+
+def stored_scales(kind: ScaleType, raw: Bytes) -> Floats:
+    if kind is ScaleType.F32:
+        return raw.view(f32)
+    if kind is ScaleType.F16:
+        return raw.view(np.float16).astype(f32)
+    if kind is ScaleType.BF16:
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(f32)
+    if kind is ScaleType.E4M3:
+        return e4m3_value(raw)
+    return np.array([power_of_two(int(e) - 127) for e in raw], f32)
+
+
+def decode(c: Coding, rows: int, cols: int, slots: Slots, **given: Any) -> Floats:
+    """Values [rows, cols] of all formats but GGUF's, which have a library."""
+    f, codes = c.format, slots["codes"]
+    r, k = np.arange(rows)[:, None], np.arange(cols)[None, :]
+    group = c.group or cols
+    g = k // group
+    if f in (Format.BNB_NF4, Format.BNB_FP4):
+        n = rows * cols
+        q = np.stack([codes >> 4, codes & 15], -1).reshape(-1)[:n]
+        scales = slots["scales"]
+        if c.nested:
+            blocks = np.arange(len(scales))
+            absmax = dynamic_map()[scales] * slots["nested"].view(f32)[blocks // 256]
+            absmax = absmax + f32(given["nested_offset"])
+        else:
+            absmax = scales.view(f32)
+        book = NF4 if f is Format.BNB_NF4 else FP4
+        return (book[q] * absmax[np.arange(n) // c.group]).reshape(rows, cols)
+    if f in (Format.GPTQ, Format.AWQ):
+        words, zeros = codes.view(np.uint32), slots["zeros"].view(np.uint32)
+        index = given.get("group_of")
+        g = g if index is None else index[None, :]
+        t = np.array([AWQ_ORDER.index(i) for i in range(8)]) if f is Format.AWQ else np.arange(8)
+        if f is Format.AWQ:
+            q = words.reshape(cols, rows // 8)[k, r // 8] >> (4 * t[r % 8]).astype(np.uint32) & 15
+        else:
+            q = words.reshape(cols // 8, rows)[k // 8, r] >> (4 * t[k % 8]).astype(np.uint32) & 15
+        z = zeros.reshape(-1, rows // 8)[g, r // 8] >> (4 * t[r % 8]).astype(np.uint32) & 15
+        z = (z + (1 if c.v1 else 0)) & 15
+        s = slots["scales"].view(np.float16).astype(f32).reshape(-1, rows)[g, r]
+        return (q.astype(f32) - z.astype(f32)) * s
+    if f is Format.INT4:
+        q = low_nibble_first(codes).reshape(rows, -1)[:, :cols].astype(f32)
+        n_groups = -(-cols // group)
+        s = stored_scales(c.scale, slots["scales"]).reshape(rows, n_groups)[r, g]
+        z = f32(8)
+        if not c.symmetric:
+            words = slots["zeros"].view(np.uint32).reshape(-1, n_groups)
+            z = (words[r // 8, g] >> (4 * (r % 8)).astype(np.uint32) & 15).astype(f32)
+        dtypes = {ScaleType.F16: DType.F16, ScaleType.BF16: DType.BF16}
+        return in_type((q - z) * s, dtypes.get(c.scale, DType.F32))
+    if f in (Format.NVFP4, Format.MXFP4):
+        q = low_nibble_first(codes).reshape(rows, cols)
+        s = stored_scales(c.scale, slots["scales"]).reshape(rows, -1)[r, g]
+        if f is Format.NVFP4:
+            s = s / f32(given["tensor_scale"])
+        return E2M1[q] * s
+    if f is Format.INT8:
+        return (
+            codes.view(np.int8).reshape(rows, cols).astype(f32)
+            * slots["scales"].view(f32)[:, None]
+            / f32(127)
+        )
+    assert f is Format.FP8
+    q = e4m3_value(codes).reshape(rows, cols)
+    s = stored_scales(c.scale, slots["scales"])
+    if c.group_rows == 0:
+        return q * s[0]
+    return q * s.reshape(-1, -(-cols // group))[r // c.group_rows, g]

@@ -100,9 +100,10 @@ struct BlockQ4_K {
     FM_HD static int minimum_bits(const uint8_t* p, int s) {
         return s < 4 ? p[s + 4] & 63 : p[s + 4] >> 4 | p[s] >> 6 << 4;
     }
-    /// 63 is the largest; what is below 0 wraps to it, as in the definition.
+    /// 63 is the largest; what is below 0 wraps to it, as in the definition, which leaves open what follows
+    /// from subnormals: here 0.
     FM_HD static uint8_t six_bits(float v) {
-        const uint8_t bits = uint8_t(nearest_int(v));
+        const uint8_t bits = uint8_t(absolute(v) < 4096.f ? nearest_int(v) : 0);
         return bits < 63 ? bits : 63;
     }
     /// What the search finds of a super-block.

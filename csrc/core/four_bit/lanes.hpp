@@ -60,8 +60,9 @@ inline Ints plus_where(Ints n, Picks p, int32_t k) {
 inline int32_t largest_lane(Ints x) {
 #if defined(__SSE4_1__)
 #if defined(__AVX512F__)
+    const __m256i low = _mm512_maskz_extracti64x4_epi64(0xf, __m512i(x), 0);
     const __m256i high = _mm512_maskz_extracti64x4_epi64(0xf, __m512i(x), 1);
-    const __m256i eight = _mm256_max_epi32(_mm512_castsi512_si256(__m512i(x)), high);
+    const __m256i eight = _mm256_max_epi32(low, high);
 #elif defined(__AVX2__)
     const __m256i eight = __m256i(x);
 #endif

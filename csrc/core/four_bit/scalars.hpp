@@ -92,7 +92,8 @@ FM_HD inline float store_scale(uint8_t* scales, ScaleType t, int64_t i, float s)
             *p = uint8_t(float_to_e4m3(s));
             break;
         case ScaleType::E8M0: {
-            const uint32_t up = (u >> 23 & 0xffu) + ((u & 0x7fffffu) != 0);
+            const uint32_t exponent = u >> 23 & 0xffu, mantissa = u & 0x7fffffu;
+            const uint32_t up = exponent + (mantissa > (exponent == 0 ? 0x400000u : 0u));
             *p = uint8_t(up > 254 ? 254 : up);
             break;
         }
