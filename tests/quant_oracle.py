@@ -296,7 +296,7 @@ def mx_exponent(peak: np.float32, ocp: bool) -> int:
 
 
 def mx_block(x: Floats, ocp: bool, search: bool, gguf: bool) -> tuple[int, Any]:
-    e = mx_exponent(np.abs(x).max(), ocp)
+    e = mx_exponent(np.abs(x).max(), ocp or search)
 
     def code(e: int) -> Any:
         return e2m1_codes((x.astype(np.float64) / np.ldexp(1.0, e - 127)).astype(f32), gguf)

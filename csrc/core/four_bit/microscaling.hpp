@@ -73,7 +73,7 @@ FM_EACH float mx_reciprocal(int e) {
 /// That, or the next where its squared error is less.
 template <bool GGUF>
 FM_HD inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
-    const int e = mx_exponent(peak_of(x, n), ocp);
+    const int e = mx_exponent(peak_of(x, n), ocp || search);  // both rules give this one or the next
     if (!search) return e;
     const auto error = [&](int exponent) {
         const float scale = e8m0_to_float(exponent), reciprocal = mx_reciprocal(exponent);
