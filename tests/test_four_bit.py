@@ -16,6 +16,7 @@ import torch
 from coded_tensors import FLAT, Coded, Floats, rounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quant_oracle_values import decode
 
 from fastmerge import _cpu
 from fastmerge.coding import GGUF_BLOCKS, Coding, Format, ScaleType, parts_of, unit_rows
@@ -23,7 +24,7 @@ from fastmerge.dtypes import DType
 
 SCALES = {DType.F32: ScaleType.F32, DType.F16: ScaleType.F16, DType.BF16: ScaleType.BF16}
 ISAS = _cpu.available_isas().split()
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def _codings() -> Iterator[tuple[str, Coding]]:
@@ -219,7 +220,7 @@ def test_values_of_any_bytes_are_the_oracles(name: str, draw: dict[str, Any]) ->
     for slot, a in coded.slots.items():
         a[:] = _finite_bytes(coding, slot, len(a), rng)
 
-    want = oracle.decode(coding, rows, cols, coded.slots, **fields).reshape(-1)
+    want = decode(coding, rows, cols, coded.slots, **fields).reshape(-1)
 
     for isa in ISAS:
         assert _cpu.set_isa(isa)
@@ -233,7 +234,7 @@ def test_columns_of_gptq_may_belong_to_any_group() -> None:
     group_of = rng.integers(0, 3, 96).astype(np.int32)
     coded.fields["group_of"] = group_of.ctypes.data
 
-    want = oracle.decode(coding, 32, 96, coded.slots, group_of=group_of)
+    want = decode(coding, 32, 96, coded.slots, group_of=group_of)
 
     np.testing.assert_array_equal(coded.decode(), want.reshape(-1))
 
