@@ -131,7 +131,7 @@ def parts_of(coding: Coding, rows: int, cols: int) -> tuple[PartSpec, ...]:
         blocks = -(-n // coding.group)
         codes = PartSpec("codes", DType.U8, (-(-n // 2), 1), Fraction(1, 2))
         if not coding.nested:
-            return (codes, PartSpec("scales", DType.F32, (blocks,), Fraction(4, coding.group)))
+            return (codes, PartSpec("scales", DType.F32, (blocks,), Fraction(4, coding.group), 4))
         return (
             codes,
             PartSpec("scales", DType.U8, (blocks,), Fraction(1, coding.group)),
