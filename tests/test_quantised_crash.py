@@ -100,7 +100,9 @@ def test_resume_after_kill(runs: Runs, cut: Path, out: Path, recipe: str, format
         found = contents(out)
         for name in found:
             assert name not in whole or not name.endswith(WEIGHTS) or found[name] == whole[name]
-        if generator.random() < 0.4:  # a second kill, in the resumed run
+        if (
+            found.keys() != whole.keys() and generator.random() < 0.4
+        ):  # a second kill, in the resumed run
             code, text = merge("--resume", fault=Fault.KILL, at=generator.randrange(20))
             assert code in (0, -signal.SIGKILL), (where, text)
         if contents(out).keys() != whole.keys():
