@@ -68,7 +68,7 @@ class Report:
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
     io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
-    that was to be recorded. residuals: what coding cost each tensor that was coded in this run.
+    that was to be recorded. residuals: what coding cost each tensor that this run coded all of.
     """
 
     n_tensors: int = 0
@@ -166,6 +166,7 @@ class Engine:
         self._last_hessian = LastHessian()
         self._held: dict[str, _Result] = {}  # of tensors that are written whole, begun
         self._passed = 0  # bytes that need no reading
+        self._begun: set[str] = set()  # tensors parts of which were written before
         self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
@@ -181,6 +182,8 @@ class Engine:
             checkpoint.check_unchanged()
         if self.plan.storage and self.plan.storage.hessians:
             self.plan.storage.hessians.identity.check_unchanged()
+        for name in self._begun:  # what coding cost those parts is not known any more
+            self.report.residuals.pop(name, None)
         self.report.n_tensors = len(self.jobs)
         return self.report
 
@@ -292,6 +295,7 @@ class Engine:
             skipped = [p for p in item.pieces if self._is_done(p)]
             self.report.bytes_kept += sum(p.bytes_out for p in skipped)
             self._passed += sum(p.bytes_in for p in skipped)
+            self._begun.update(p.job.name for p in skipped)
             if pieces:
                 left.append(WorkItem(pieces))
         return left
@@ -373,6 +377,7 @@ class Engine:
         """Return whether a part of a tensor whose other parts are left is written already."""
         if part.n < part.job.n and part.job.name not in self._held and self._is_done(part):
             self.report.bytes_kept += part.bytes_out
+            self._begun.add(part.job.name)
             return True
         return False
 
