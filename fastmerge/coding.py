@@ -95,7 +95,7 @@ class PartSpec:
     """One part of a coded tensor in memory and on disk: codes, scales, zeros, nested or group_of.
 
     per_element: bytes per element where the part can be cut along with the tensor; None: it is needed whole.
-    step:        bytes that stand for as many rows as share them, even where the last are fewer.
+    step:        bytes that stand for as many elements as share them, even where the last are fewer.
     """
 
     slot: str
@@ -131,7 +131,7 @@ def parts_of(coding: Coding, rows: int, cols: int) -> tuple[PartSpec, ...]:
         blocks = -(-n // coding.group)
         codes = PartSpec("codes", DType.U8, (-(-n // 2), 1), Fraction(1, 2))
         if not coding.nested:
-            return (codes, PartSpec("scales", DType.F32, (blocks,), Fraction(4, coding.group)))
+            return (codes, PartSpec("scales", DType.F32, (blocks,), Fraction(4, coding.group), 4))
         return (
             codes,
             PartSpec("scales", DType.U8, (blocks,), Fraction(1, coding.group)),
