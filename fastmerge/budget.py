@@ -289,9 +289,7 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
             behind = 2 if part.bytes_in > item_bytes else WRITE_BEHIND
             stored = ITEM_TENSORS * len(part.places)
             results = max(results, behind * (most + stored * ALIGNMENT))
-    results = min(
-        results, sum(j.bytes_out + len(j.places(0, j.n)) * ALIGNMENT for j in plan.jobs)
-    )
+    results = min(results, sum(j.bytes_out + len(j.places(0, j.n)) * ALIGNMENT for j in plan.jobs))
     scratch = {
         j.name: _device_scratch(plan, j, j.n, item_bytes, target.backend)
         + _rounding(j, next(results_of(j, item_bytes)).n, "cuda")
