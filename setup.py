@@ -36,6 +36,8 @@ NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fmad=false",
+    "-Xptxas",
+    "-warn-spills",
     "-Xcompiler",
     "-fPIC,-fvisibility=hidden",
     "-Icsrc",

@@ -287,8 +287,9 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
             # Small ones are run together, up to an item's bytes of input; a large whole one comes seldom.
             most = max(part.bytes_out, part.bytes_out * item_bytes // max(1, part.bytes_in))
             behind = 2 if part.bytes_in > item_bytes else WRITE_BEHIND
-            results = max(results, behind * (most + ITEM_TENSORS * ALIGNMENT))
-    results = min(results, sum(j.bytes_out + ALIGNMENT for j in plan.jobs))
+            stored = ITEM_TENSORS * len(part.places)
+            results = max(results, behind * (most + stored * ALIGNMENT))
+    results = min(results, sum(j.bytes_out + len(j.places(0, j.n)) * ALIGNMENT for j in plan.jobs))
     scratch = {
         j.name: _device_scratch(plan, j, j.n, item_bytes, target.backend)
         + _rounding(j, next(results_of(j, item_bytes)).n, "cuda")

@@ -96,8 +96,11 @@ def _quantised(of: Quantisation) -> list[str]:
         f"{of.bits_per_weight:.2f} bits per parameter.",
     ]
     if known:
+        # A merge that was finished by another run does not know what the first one's coding cost.
+        whole = all(r is not None for _, _, r in of.tensors)
+        which = "these weights" if whole else "those listed with an error"
         lines += [
-            f"Coding moved these weights by {100 * total.relative_rms:.2f} % of their root mean square.",
+            f"Coding moved {which} by {100 * total.relative_rms:.2f} % of their root mean square.",
             "",
             "| tensor | format | relative RMS error |",
             "|---|---|---|",

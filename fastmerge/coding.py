@@ -95,7 +95,7 @@ class PartSpec:
     """One part of a coded tensor in memory and on disk: codes, scales, zeros, nested or group_of.
 
     per_element: bytes per element where the part can be cut along with the tensor; None: it is needed whole.
-    step:        bytes that stand for as many rows as share them, even where the last are fewer.
+    step:        bytes that stand for as many elements as share them, even where the last are fewer.
     """
 
     slot: str

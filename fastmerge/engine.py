@@ -13,18 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
-from typing import Protocol
 
 from fastmerge import packed
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels, Residual
 from fastmerge.backends.memory import copy_bytes, same_bytes
 from fastmerge.budget import take_memory
-from fastmerge.checkpoint import EMBEDDINGS, HEAD, word_bytes
-from fastmerge.checkpoint.checksum import checksum
-from fastmerge.checkpoint.durable import write_at
+from fastmerge.checkpoint import EMBEDDINGS, HEAD
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
@@ -37,7 +34,6 @@ from fastmerge.evaluate import (
     resolve_model,
     start_walks,
 )
-from fastmerge.gptq_rounding import Feedback, LastHessian
 from fastmerge.jobs import (
     Action,
     Piece,
@@ -50,9 +46,10 @@ from fastmerge.jobs import (
 )
 from fastmerge.planner import Plan
 from fastmerge.registry import Scope
+from fastmerge.results import Output, Results, is_done
 from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Memory
-from fastmerge.streaming.ring import WRITING_THREADS, Check, Place, Run, Written
+from fastmerge.streaming.ring import WRITING_THREADS, Run
 from fastmerge.streaming.route import Disks, Route, Sizes, device_route, host_route
 from fastmerge.streaming.sources import Io, Sources
 from fastmerge.streaming.stopwatch import Stage, Stopwatch
@@ -68,7 +65,7 @@ class Report:
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
     io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
-    that was to be recorded. residuals: what coding cost each tensor that was coded in this run.
+    that was to be recorded. residuals: what coding cost each tensor that this run coded all of.
     """
 
     n_tensors: int = 0
@@ -85,25 +82,6 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
 
-class Parts(Protocol):
-    """A journal, as far as it is needed here: which parts of tensors are written."""
-
-    def covers(self, name: str, start: int, n: int) -> bool: ...
-
-    def add(self, parts: list[tuple[str, int, int, int]]) -> None: ...
-
-
-class Output(Protocol):
-    """Where results go: a descriptor per shard and, where kept, the journal of what is written."""
-
-    @property
-    def journal(self) -> Parts | None: ...
-
-    def fd(self, shard: int) -> int: ...
-
-    def direct_fd(self, shard: int) -> int: ...
-
-
 @dataclass(frozen=True)
 class _Part:
     """What is run by one walk and written in one go."""
@@ -111,19 +89,6 @@ class _Part:
     piece: Piece
     walk: Walk | Copy
     operands: Operands
-
-
-@dataclass
-class _Result:
-    """Where a part's walk writes, and what is written to which file from there.
-
-    left: elements that are still to come; only results that can but be written whole wait for any.
-    """
-
-    buffer: Buffer | Coded
-    writes: list[tuple[int, Place, str]]  # address, place, stored tensor
-    left: int
-    checks: list[Check] = field(default_factory=list)
 
 
 class Engine:
@@ -163,9 +128,8 @@ class Engine:
         self.walks: dict[str, Walk | Copy] = dict(walks or {})
         self.device, self._disks = device, disks
         self.peaks: dict[str, float] = {}  # largest magnitudes, of tensors that are coded by them
-        self._last_hessian = LastHessian()
-        self._held: dict[str, _Result] = {}  # of tensors that are written whole, begun
         self._passed = 0  # bytes that need no reading
+        self._begun: set[str] = set()  # tensors parts of which were written before
         self.places = plan.layout.places() if plan.layout else {}
 
     def run(self) -> Report:
@@ -181,6 +145,8 @@ class Engine:
             checkpoint.check_unchanged()
         if self.plan.storage and self.plan.storage.hessians:
             self.plan.storage.hessians.identity.check_unchanged()
+        for name in self._begun:  # what coding cost those parts is not known any more
+            self.report.residuals.pop(name, None)
         self.report.n_tensors = len(self.jobs)
         return self.report
 
@@ -196,6 +162,7 @@ class Engine:
         self._started = time.perf_counter()
         route = self._open()
         self.reader, self.writer = route.reader, route.writer
+        self.results = Results(self.out, self.places, self.writer, self.report.residuals)
         self.report.warnings += route.warnings
         try:
             with self.device.computing() if self.device else nullcontext():
@@ -203,6 +170,7 @@ class Engine:
         finally:
             route.close()
         self.report.seconds = time.perf_counter() - self._started
+        self.report.bytes_written = self.results.n_written
         self.report.io = self.reader.sources.io.value
         self.report.stages = self._stages()
         self.report.spans = [*self.trace.spans, *self._device_spans()]
@@ -256,7 +224,7 @@ class Engine:
         if any(j.name not in self.walks and self._left(j) for j in over_model):
             self._resolve_model()
         self._find_peaks()
-        self._write_constants()
+        self.results.write_constants(self.jobs)
         items = work_items(jobs, self.plan.streamed, self.plan.item_bytes)
         for item, operands in self._sweep(self._skipping(items)):
             self._merge(item, operands)
@@ -277,12 +245,7 @@ class Engine:
         return not self._is_done(Piece(job, 0, job.n))
 
     def _is_done(self, piece: Piece) -> bool:
-        job = piece.job
-        # Copies of integers are made again: comparing them may have something to say.
-        journal = self.out.journal
-        if journal is None or job.action is Action.COPY_EQUAL or not piece.n:
-            return False
-        return all(journal.covers(name, first, end - first) for name, first, end in piece.needed)
+        return is_done(self.out, piece)
 
     def _skipping(self, items: Iterable[WorkItem]) -> list[WorkItem]:
         """Return what is left of the items; a list, for another thread may go through it."""
@@ -292,6 +255,7 @@ class Engine:
             skipped = [p for p in item.pieces if self._is_done(p)]
             self.report.bytes_kept += sum(p.bytes_out for p in skipped)
             self._passed += sum(p.bytes_in for p in skipped)
+            self._begun.update(p.job.name for p in skipped)
             if pieces:
                 left.append(WorkItem(pieces))
         return left
@@ -371,8 +335,9 @@ class Engine:
 
     def _keeps(self, part: Piece) -> bool:
         """Return whether a part of a tensor whose other parts are left is written already."""
-        if part.n < part.job.n and part.job.name not in self._held and self._is_done(part):
+        if part.n < part.job.n and not self.results.holds(part.job.name) and self._is_done(part):
             self.report.bytes_kept += part.bytes_out
+            self._begun.add(part.job.name)
             return True
         return False
 
@@ -380,7 +345,7 @@ class Engine:
         """Run the walks of some parts, in one go where a device does, and queue the results."""
         results, walks = [], []
         for part in batch:
-            result = self._result(part.piece)
+            result = self.results.take(part.piece, self.peaks.get(part.piece.job.name, 0.0))
             results.append(result)
             if part.piece.job.action is not Action.COPY_EQUAL:
                 # Now: the next part may be of the same tensor, and move its result on.
@@ -392,82 +357,10 @@ class Engine:
                     copy_bytes(_plain(result.buffer), _plain(part.operands.experts[0]))
         self.reader.sources.check()
         for part, result in zip(batch, results, strict=True):
-            job = part.piece.job
-            if job.action is not Action.COPY_EQUAL and self.nan_policy == "error":
-                result.checks.append(partial(_refuse, part.piece, next(bad)))
-            result.left -= part.piece.n
-            if result.left <= 0:
-                self._finish(job, result)
-
-    def _result(self, piece: Piece) -> _Result:
-        """Take memory for what a piece's walk writes; of a tensor that is written whole, once for all."""
-        job = piece.job
-        if job.name in self._held:
-            return self._at(job, self._held[job.name], piece)
-        writes = []
-        for name, first, end in piece.places:
-            place = self._place(name, first, end)
-            writes.append((self.writer.reserve(place), place, name))
-        memory = self.writer.memory
-        if job.stored is None:
-            buffer = memory.buffer(writes[0][0], job.out_dtype, piece.n)
-            return _Result(buffer, writes, piece.n)
-        addresses = [address for address, _, _ in writes]
-        coded = packed.result_of(job, piece, memory, addresses, self.peaks.get(job.name, 0.0))
-        residual = self.report.residuals.setdefault(job.name, Residual())
-        feedback = self._feedback(job)
-        result = _Result(replace(coded, residual=residual, feedback=feedback), writes, piece.n)
-        if job.is_atomic:
-            result.left = job.n
-            self._held[job.name] = result
-            return self._at(job, result, piece)
-        return result
-
-    def _feedback(self, job: TensorJob) -> Feedback | None:
-        hessian = job.stored.hessian if job.stored else None
-        return Feedback(hessian, self._last_hessian) if hessian else None
-
-    @staticmethod
-    def _at(job: TensorJob, whole: _Result, piece: Piece) -> _Result:
-        """Return a whole tensor's result, with a piece's elements to write to."""
-        assert isinstance(whole.buffer, Coded)
-        whole.buffer = replace(whole.buffer, start=piece.start, n=piece.n)
-        return whole
-
-    def _finish(self, job: TensorJob, result: _Result) -> None:
-        """Queue what is merged, and all that follows from it."""
-        self._held.pop(job.name, None)
-        if isinstance(result.buffer, Coded):
-            addresses = [address for address, _, _ in result.writes]
-            late = packed.late(job, result.buffer, self.writer.memory, addresses)
-            for name, content in late.items():
-                self._write_now(name, content)
-        check = partial(_check_all, result.checks) if result.checks else None
-        for address, place, name in result.writes:
-            self.writer.write(address, place, self._written(name), check)
-            self.report.bytes_written += place.n
-
-    def _write_now(self, name: str, content: bytes) -> None:
-        """Write a small tensor whose bytes are known."""
-        place = self._place(name, 0, len(content))
-        write_at(place.fd, content, place.offset)
-        written = self._written(name)
-        if written is not None:
-            written(0, len(content), checksum(content, place.word))
-        self.report.bytes_written += len(content)
-
-    def _place(self, name: str, first: int, end: int) -> Place:
-        """Return the place of bytes [first, end) of a stored tensor."""
-        shard, info = self.places[name]
-        word = word_bytes(info.shape, info.dtype.itemsize)
-        fds = self.out.fd(shard), self.out.direct_fd(shard)
-        return Place(*fds, info.offset + first, end - first, word, first)
-
-    def _written(self, name: str) -> Written | None:
-        journal = self.out.journal
-        if journal is None:
-            return None
-        return lambda start, n, checksum: journal.add([(name, start, n, checksum)])
+            check = None
+            if part.piece.job.action is not Action.COPY_EQUAL and self.nan_policy == "error":
+                check = partial(_refuse, part.piece, next(bad))
+            self.results.merged(part.piece, result, check)
 
     def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
         assert job.params is not None
@@ -599,12 +492,6 @@ class Engine:
             refuse_nonfinite(Piece(job, held.start, held.n))
         self.peaks[job.name] = max(self.peaks.get(job.name, 0.0), high)
 
-    def _write_constants(self) -> None:
-        for job in self.jobs:
-            for constant in job.stored.constants if job.stored else ():
-                if constant.content is not None:
-                    self._write_now(constant.name, constant.content)
-
 
 def _runs(item: WorkItem) -> list[Run]:
     """Return the runs of bytes that hold an item's operands, piece by piece."""
@@ -640,11 +527,6 @@ def _at(known: Callable[[], list[bool]], i: int) -> bool:
 def _refuse(part: Piece, is_bad: Callable[[], bool]) -> None:
     if is_bad():
         refuse_nonfinite(part)
-
-
-def _check_all(checks: Sequence[Check]) -> None:
-    for check in checks:
-        check()
 
 
 def refuse_nonfinite(part: Piece) -> None:

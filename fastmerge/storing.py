@@ -144,7 +144,9 @@ def _store_gguf(jobs: Sequence[TensorJob], donor: Checkpoint, quantize: Quantize
     shard = gguf_layout(metadata, targets, shapes, constants)
     places = shard.tensors
     stored = [
-        replace(j, stored=_in_gguf(targets[j.name], places[targets[j.name].name].shape, quantize))
+        replace(
+            j, stored=_in_gguf(j, targets[j.name], places[targets[j.name].name].shape, quantize)
+        )
         for j in floats
         if j.name in targets
     ]
@@ -152,9 +154,14 @@ def _store_gguf(jobs: Sequence[TensorJob], donor: Checkpoint, quantize: Quantize
     return Storage(stored, Layout([shard], None, total), warnings=tuple(warnings))
 
 
-def _in_gguf(target: GgufTarget, shape: tuple[int, ...], quantize: Quantize) -> Stored:
+def _in_gguf(
+    job: TensorJob, target: GgufTarget, shape: tuple[int, ...], quantize: Quantize
+) -> Stored:
     coding: Coding = quantize.adapted(target.coding)
-    dtype = coding.dtype if coding.format is Format.DENSE else DType.U8
+    if coding.format is Format.DENSE:
+        dtype = coding.dtype
+    else:
+        coding, dtype = replace(coding, dtype=_rounded_to(job, quantize)), DType.U8
     return Stored(None, coding, (Part("codes", target.name, dtype, shape),))
 
 

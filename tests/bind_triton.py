@@ -1,4 +1,4 @@
-"""Compile all that random walks and statistics launch, as Triton's own launcher would; needs no GPU.
+"""Compile all that random walks, statistics and codecs launch, as Triton's own launcher would; needs no GPU.
 
     python tests/bind_triton.py SEEDS
 
@@ -12,10 +12,14 @@ import json
 import sys
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import agreement
 import cases
+import coded_cases
+import coded_tensors
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,6 +27,9 @@ from triton_probes import halve
 
 from fastmerge import ops
 from fastmerge.backends.triton import Tiles, TritonKernels
+from fastmerge.backends.triton_coded import decode, encode
+from fastmerge.coding import Coding, Format, ScaleType
+from fastmerge.dtypes import DType
 from fastmerge.stages import Transform, Walk
 
 NOISE = (IndexError, ValueError, OverflowError)  # of results that no kernel wrote
@@ -58,6 +65,25 @@ class Compiling(TritonKernels):
         self.variants.setdefault(kernel.fn.__name__, set()).add(binary.asm["ptx"])
 
 
+def compile_codecs(kernels: Compiling) -> None:
+    """Code and decode a tensor by every coding; decode what few tensors have."""
+    for case, (coding, rows, cols) in enumerate(coded_cases.WRITTEN + coded_cases.READ):
+        host = coded_tensors.Coded(coding, rows, cols)
+        values, held = coded_cases.values_buffer(np.zeros((rows, cols), np.float32), coding.dtype)
+        out = coded_cases.viewed(host)
+        if case < len(coded_cases.WRITTEN):
+            encode(kernels, out, values, held.data_ptr())
+        decode(kernels, out)
+    x, _ = coded_cases.values_buffer(np.zeros(64, np.float32), DType.F16)
+    for coding, more in (
+        (Coding(Format.BNB_NF4, group=64, nested=True), {}),
+        (Coding(Format.GPTQ, scale=ScaleType.F16, group=32), {"group_of": x}),
+        (Coding(Format.Q8_0), {"low_a": x, "low_b": x}),
+    ):
+        out = coded_cases.viewed(coded_tensors.Coded(coding, 8, 64))
+        decode(kernels, replace(out, slots={**out.slots, **more}))
+
+
 def main() -> None:
     triton.runtime.driver.set_active(NamedDriver())
     kernels = Compiling()
@@ -81,6 +107,7 @@ def main() -> None:
                 sweep.feed(chunk)
             with suppress(*NOISE):
                 sweep.result()
+    compile_codecs(kernels)
     fused = Counter(
         {name: sum("fma." in p for p in all_) for name, all_ in kernels.variants.items()}
     )

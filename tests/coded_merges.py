@@ -433,11 +433,31 @@ def together(kernels: Kernels) -> None:
         raise AssertionError("written")
 
 
+#: What is tested in one process, by how the names begin.
+GROUPS = {
+    "bitsandbytes": ("nf4", "fp4"),
+    "integers": ("int4", "gptq", "awq"),
+    "floats": ("nvfp4", "mxfp4", "fp8", "int8", "dense"),
+    "blocks": ("q4", "q6", "q8", "gguf"),
+}
+
+
+def _each(check_one: Callable[[Kernels, str], None], names: list[str]) -> Callable[[Kernels], None]:
+    def part(kernels: Kernels) -> None:
+        for name in names:
+            check_one(kernels, name)
+
+    return part
+
+
 PARTS: dict[str, Callable[[Kernels], None]] = {
-    **{f"to {name}": (lambda kernels, name=name: results(kernels, name)) for name in WRITTEN},
     **{
-        f"from {name}": (lambda kernels, name=name: operands_of(kernels, name))
-        for name in [*WRITTEN, *READ]
+        f"to {group}": _each(results, [n for n in WRITTEN if n.startswith(begin)])
+        for group, begin in GROUPS.items()
+    },
+    **{
+        f"from {group}": _each(operands_of, [n for n in [*WRITTEN, *READ] if n.startswith(begin)])
+        for group, begin in GROUPS.items()
     },
     "long ties": long_ties,
     "methods": methods,

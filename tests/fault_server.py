@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 
+import torch  # noqa: F401
+
 from fastmerge import _cpu, api, cli, verify  # noqa: F401
 
 

@@ -13,6 +13,8 @@ import coded_merges
 import emulation
 import pytest
 
+from fastmerge.coding import parts_of
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 PARTS = list(coded_merges.PARTS)
@@ -28,3 +30,11 @@ def test_emulated_kernels_are_bit_equal(part: str, module: Path) -> None:
     done = emulation.run(module, part, seed=1 + PARTS.index(part))
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
     assert done.stdout == f"{part}: as the cpu backend\n"
+
+
+@pytest.mark.parametrize("name", [*coded_merges.WRITTEN, *coded_merges.READ])
+def test_a_whole_tensor_is_all_of_its_parts(name: str) -> None:
+    (rows, cols), coding = {**coded_merges.WRITTEN, **coded_merges.READ}[name]
+    for shape in ((rows, cols), (8, 768), (16, 256 * 5)):
+        for spec in parts_of(coding, *shape):
+            assert spec.span(0, shape[0] * shape[1]) == (0, spec.n_bytes), spec

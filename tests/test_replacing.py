@@ -31,7 +31,8 @@ from fastmerge.errors import CheckpointError
 @pytest.mark.parametrize("new", [10**9, 40, 70])
 def test_force_replaces_the_model(tmp_path: Path, old: int, new: int) -> None:
     write_model(tmp_path, plan_layout(TENSORS, old), 100.0)
-    for name in ("pytorch_model.bin", "pytorch_model-1.bin", "pytorch_model.bin.index.json"):
+    earlier = ["pytorch_model.bin", "pytorch_model-1.bin", "pytorch_model.bin.index.json"]
+    for name in (*earlier, "model.gguf", "quantize_config.json", "hf_quant_config.json"):
         (tmp_path / name).write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)

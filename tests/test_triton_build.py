@@ -43,6 +43,13 @@ MEMORY = {
     "gram columns": (3, 0),
 }
 
+#: Coded formats: what is written, and what is only read.
+WRITTEN = ("bnb_nf4", "bnb_fp4", "int4", "nvfp4", "mxfp4", "gptq", "awq", "q4_0", "q4_1", "q8_0",
+           "gguf_mxfp4", "fp8")  # fmt: skip
+READ = ("q4_k", "q6_k", "gguf_nvfp4", "int8")
+CODED = [f"decode {f}" for f in WRITTEN + READ]
+CODED += [f"{stage} {f}" for f in WRITTEN for stage in ("scales", "codes")]
+
 
 def run(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """Run a script that must not be interpreted; folder: for Triton's cache."""
@@ -76,7 +83,19 @@ def test_memory_is_read_wide_and_nothing_spills(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("name", CODED)
+def test_coded_kernels_do_not_spill(
+    name: str, capability: int, built: dict[str, dict[str, int]]
+) -> None:
+    assert built[f"{name} sm_{capability}"]["spills"] == 0
+
+
+def test_every_case_is_held_to_something(built: dict[str, dict[str, int]]) -> None:
+    assert {name.rsplit(" ", 1)[0] for name in built} == {*MEMORY, *CODED}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [*MEMORY, *CODED])
 def test_arithmetic_is_exact(name: str, capability: int, built: dict[str, dict[str, int]]) -> None:
     """No fused multiply-add, no flushed subnormals, no approximate division."""
     case = built[f"{name} sm_{capability}"]
@@ -84,7 +103,7 @@ def test_arithmetic_is_exact(name: str, capability: int, built: dict[str, dict[s
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("name", [*MEMORY, *CODED])
 def test_registers(name: str, capability: int, built: dict[str, dict[str, int]]) -> None:
     record = json.loads(RECORD.read_text())
     if importlib.metadata.version("triton") != record["triton"]:
@@ -98,8 +117,8 @@ def test_registers(name: str, capability: int, built: dict[str, dict[str, int]])
 def test_whatever_is_launched_compiles(tmp_path: Path) -> None:
     """Through Triton's own binding of arguments, which the interpreter goes round."""
     variants = run("bind_triton.py", tmp_path, "7")
-    assert len(variants) == 10
-    assert sum(n for n, _ in variants.values()) > 60
+    assert len(variants) == 15
+    assert sum(n for n, _ in variants.values()) > 130
     assert all(fused == 0 for _, fused in variants.values())
 
 

@@ -1,4 +1,4 @@
-"""Coded tensors of the Triton backend in the interpreter: codes, scales, zeros and values are the cpu backend's.
+"""Coded tensors of the Triton backend in the interpreter: the bytes and values are the cpu backend's.
 
 The interpreter takes some 50 us per operation of a program, whatever its size: cases are few and chosen.
 """
@@ -8,25 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import coded_tensors
+import families
 import numpy as np
 import pytest
 import torch
+from coded_cases import BF16, F16, F32, READ, WRITTEN, Case, name_of, values_buffer, viewed
 from coded_tensors import Floats, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastmerge
 from fastmerge import ops
-from fastmerge.backends import Buffer, Chunk, Coded, Kernels, Residual
+from fastmerge.backends import Chunk, Kernels, Residual
 from fastmerge.backends import triton as backend
 from fastmerge.backends.memory import tensor_of
 from fastmerge.backends.triton_coded import decode, encode
-from fastmerge.coding import Coding, Format, ScaleType, parts_of, result_rows
+from fastmerge.coding import Coding, Format, ScaleType, result_rows
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError
 from fastmerge.evaluate import Operands, peak, run_walk, sweep_statistic
+from fastmerge.quant.quantize import Quantize
 from fastmerge.stages import (
     Axis,
     Combine,
@@ -36,6 +41,7 @@ from fastmerge.stages import (
     Elect,
     Gram,
     Keep,
+    MomentResult,
     Moments,
     OrderStatistic,
     RankedDrop,
@@ -43,58 +49,14 @@ from fastmerge.stages import (
     Trim,
     Walk,
 )
+from fastmerge.streaming.device import HostDevice
 
 pytestmark = pytest.mark.skipif(backend.why_not() is not None, reason=str(backend.why_not()))
 
-F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
-Case = tuple[Coding, int, int]
+EACH_FORMAT = list({case[0].format: case for case in WRITTEN}.values())
 
 #: So small that short tensors fill several programs.
 SMALL = backend.Tiles(block=64, count=64, segments=1, rows=64, direct=16)
-
-
-def name_of(case: Case) -> str:
-    c, rows, cols = case
-    options = [f"{c.group_rows}x{c.group}", c.scale.name.lower()]
-    options += [k for k in ("v1", "other_rule", "nested") if getattr(c, k)]
-    options += ["asymmetric"] * (not c.symmetric) + ["rotary"] * bool(c.rotary)
-    return "-".join([c.format.name, c.dtype.name, *options, f"{rows}x{cols}"])
-
-
-def written_cases() -> Iterator[Case]:
-    """Yield codings that are written, each with a shape whose ends are ragged where they may be."""
-    for f in (Format.BNB_NF4, Format.BNB_FP4):
-        for other in (False, True):
-            yield Coding(f, BF16, group=64, other_rule=other), 5, 77
-            yield Coding(f, F32, group=64, other_rule=other), 1, 1
-            yield Coding(f, F16, group=128, other_rule=other), 3, 128
-    for dtype, scale in ((BF16, ScaleType.BF16), (F16, ScaleType.F16), (F32, ScaleType.F32)):
-        for symmetric in (True, False):
-            yield Coding(Format.INT4, dtype, scale, group=32, symmetric=symmetric), 11, 96
-            yield Coding(Format.INT4, dtype, scale, group=0, symmetric=symmetric), 9, 77
-    for symmetric in (True, False):
-        yield Coding(Format.INT4, BF16, ScaleType.BF16, 32, 1, symmetric, other_rule=True), 8, 64
-    for dtype in (BF16, F32):
-        yield Coding(Format.NVFP4, dtype, ScaleType.E4M3, group=16), 5, 80
-        for other in (False, True):
-            yield Coding(Format.MXFP4, dtype, ScaleType.E8M0, group=32, other_rule=other), 5, 96
-    for symmetric in (True, False):
-        for v1 in (True, False):
-            yield Coding(Format.GPTQ, BF16, ScaleType.F16, 32, 1, symmetric, v1), 16, 96
-        yield Coding(Format.AWQ, F16, ScaleType.F16, 32, symmetric=symmetric), 16, 96
-        yield Coding(Format.AWQ, F32, ScaleType.F16, symmetric=symmetric), 8, 64
-    for f in (Format.Q4_0, Format.Q4_1, Format.Q8_0, Format.GGUF_MXFP4):
-        yield Coding(f, BF16), 5, 96
-        yield Coding(f, F32, rotary=4), 8, 64
-    for scale in (ScaleType.F32, ScaleType.F16, ScaleType.BF16, ScaleType.E8M0):
-        yield Coding(Format.FP8, BF16, scale), 5, 77
-        yield Coding(Format.FP8, F32, scale, group=32, group_rows=4), 10, 77
-    yield Coding(Format.FP8, BF16, group_rows=0), 5, 77
-    yield Coding(Format.DENSE, F16, rotary=4), 8, 33
-
-
-CASES = list(written_cases())
-EACH_FORMAT = list({case[0].format: case for case in CASES}.values())
 
 
 # ---- coded tensors of two backends ---------------------------------------------------------------
@@ -109,22 +71,6 @@ def kernels() -> backend.TritonKernels:
 def small(kernels: backend.TritonKernels) -> backend.TritonKernels:
     kernels.tiles = SMALL
     return kernels
-
-
-def viewed(host: coded_tensors.Coded, start: int = 0, stop: int | None = None) -> Coded:
-    """Return elements [start, stop) of a tensor in numpy arrays, as backends take them."""
-    stop = host.rows * host.cols if stop is None else stop
-    specs = parts_of(host.coding, host.rows, host.cols)
-    dtypes = {spec.slot: spec.dtype for spec in specs} | {"group_of": DType.I32}
-    slots = {}
-    for slot, held in host.slots.items():
-        dtype = dtypes.get(slot, F32)
-        slots[slot] = Buffer(held.ctypes.data, dtype, held.nbytes // dtype.itemsize, held)
-    offset = host.fields.get("nested_offset", 0.0)
-    scale = host.fields.get("tensor_scale", 1.0)
-    return Coded(
-        host.coding, host.rows, host.cols, 0, start, stop - start, slots, offset, scale
-    )  # fmt: skip
 
 
 def empty_like(host: coded_tensors.Coded) -> coded_tensors.Coded:
@@ -151,11 +97,6 @@ def contents(rng: np.random.Generator, rows: int, cols: int, dtype: DType) -> It
     yield rounded(x[::-1] * np.float32(2.0**-7), dtype)
     bits = rng.integers(0, 1 << 32, (rows, cols), dtype=np.uint32).view(np.float32)
     yield np.where(np.abs(bits) < 1e4, rounded(bits, dtype), np.float32(0))
-
-
-def values_buffer(x: Floats, dtype: DType) -> tuple[Buffer, torch.Tensor]:
-    held = torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype.torch))
-    return Buffer(held.data_ptr(), dtype, held.numel(), held), held
 
 
 def bits_of(x: Floats) -> Any:
@@ -195,7 +136,7 @@ def check_values(
 # ---- codes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=map(name_of, CASES))
+@pytest.mark.parametrize("case", WRITTEN, ids=map(name_of, WRITTEN))
 def test_codes_and_values_are_bit_equal(case: Case, kernels: backend.TritonKernels) -> None:
     coding, rows, cols = case
     rng = np.random.default_rng([int(coding.format), rows, cols])
@@ -240,18 +181,6 @@ def test_e4m3_is_torchs(kernels: backend.TritonKernels) -> None:
 # ---- what is only read ---------------------------------------------------------------------------
 
 
-READ = [
-    (Coding(Format.Q4_K), 3, 512),
-    (Coding(Format.Q6_K), 3, 512),
-    (Coding(Format.GGUF_NVFP4), 3, 192),
-    (Coding(Format.INT8), 3, 77),
-    (Coding(Format.FP8, group=32, group_rows=4), 9, 77),
-    (Coding(Format.MXFP4, scale=ScaleType.E8M0, group=32), 3, 96),
-    (Coding(Format.NVFP4, scale=ScaleType.E4M3, group=16), 3, 96),
-    (Coding(Format.Q4_K, rotary=4), 8, 256),
-]
-
-
 def noise(coding: Coding, rows: int, cols: int, **fields: Any) -> coded_tensors.Coded:
     """Return a tensor of random bytes: all codes, subnormal scales, NaN among small floats."""
     host = coded_tensors.Coded(coding, rows, cols, **fields)
@@ -289,9 +218,9 @@ def test_the_map_of_nested_scales_is_the_librarys(kernels: backend.TritonKernels
     check_values(kernels, host, 0, 256 * 64)
 
 
-@pytest.mark.parametrize("f", [Format.GPTQ, Format.AWQ])
-def test_columns_in_the_order_of_activations(f: Format, kernels: backend.TritonKernels) -> None:
-    host = noise(Coding(f, scale=ScaleType.F16, group=32, symmetric=False, v1=True), 16, 96)
+@pytest.mark.parametrize("v1", [False, True])
+def test_columns_in_the_order_of_activations(v1: bool, kernels: backend.TritonKernels) -> None:
+    host = noise(Coding(Format.GPTQ, scale=ScaleType.F16, group=32, symmetric=False, v1=v1), 16, 96)
     order = np.random.default_rng(2).integers(0, 3, 96).astype(np.int32)
     host.slots["group_of"] = order.view(np.uint8)
     check_values(kernels, host, 0, 16 * 96)
@@ -425,11 +354,17 @@ STATISTICS = {
     "gram": Gram(),
     "gram of rows": Gram(Axis.ROW),
     "gram of columns": Gram(Axis.COLUMN),
-    "signs": SignBalance(np.ones((3, 1)), Keep(), Elect()),
+    "signs": SignBalance(Keep(), np.ones((3, 1)), Elect()),
 }
 
 
-@pytest.mark.parametrize("limit", [1 << 30, 7 * 96], ids=["whole", "chunks"])
+def arrays_of(found: Any) -> list[Any]:
+    if isinstance(found, list):
+        return [x for cut in found for x in (cut.value, cut.last_tie)]
+    return [found.all, found.kept] if isinstance(found, MomentResult) else [found]
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 11 * 96], ids=["whole", "chunks"])
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_over_codes(
     name: str, limit: int, kernels: backend.TritonKernels, monkeypatch: pytest.MonkeyPatch
@@ -440,9 +375,7 @@ def test_statistics_over_codes(
         sweep_statistic(each, STATISTICS[name], given_, limit)
         for each in both(kernels)
     )  # fmt: skip
-    flat = [[y for x in found for y in (x.value, x.last_tie)] if isinstance(found, list) else
-            [found.all, found.kept] if hasattr(found, "kept") else [found] for found in (got, want)]  # fmt: skip
-    for x, y in zip(*flat, strict=True):
+    for x, y in zip(arrays_of(got), arrays_of(want), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -451,6 +384,57 @@ def test_masks_over_codes(small: backend.TritonKernels) -> None:
     chunk = Chunk(given_.base, given_.experts, 0, 20 * 96, 96, F32)
     got, want = (each.keep_mask(ties(3).keep, chunk) for each in both(small))
     np.testing.assert_array_equal(got, want)
+
+
+# ---- whole merges --------------------------------------------------------------------------------
+
+
+WIDE = families.LLAMA | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (128, 128),
+    "model.layers.0.mlp.down_proj.weight": (128, 128),
+    "model.layers.0.input_layernorm.weight": (128,),
+}
+
+
+def copy_of(model: Path) -> dict[str, Any]:
+    return {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+
+
+@pytest.fixture(scope="module")
+def coded_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense base and two experts, one of them in NF4 with double quantisation."""
+    folder = tmp_path_factory.mktemp("coded")
+    for name, state in families.family(SHAPES, torch.bfloat16).items():
+        families.write_model(folder / name, state, WIDE)
+    fastmerge.merge(copy_of(folder / "e1"), folder / "nf4", quantize="nf4-dq", backend="cpu")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["nf4-dq", "int4-asym", "nvfp4", "fp8-tensor", "gptq", "awq"])
+def test_quantised_merges_are_the_cpu_backends_files(name: str, coded_family: Path) -> None:
+    experts = [
+        {"model": str(coded_family / m), "parameters": {"weight": 0.6, "density": 0.4}}
+        for m in ("nf4", "e2")
+    ]
+    recipe = {
+        "merge_method": "ties",
+        "base_model": str(coded_family / "base"),
+        "models": experts,
+        "dtype": "bfloat16",
+    }
+    files = []
+    for each, device in (("cpu", "cpu"), ("triton", HostDevice())):
+        out = coded_family / f"{name}-{each}"
+        fastmerge.merge(recipe, out, quantize=name, backend=each, device=device)
+        files.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
+    assert files[0] and files[0] == files[1]
+
+
+def test_a_format_that_is_not_written_is_refused_before_reading(coded_family: Path) -> None:
+    searched, out = Quantize("nf4", rounding="mse"), coded_family / "refused"
+    with pytest.raises(BackendError, match="'cpu' or 'cuda' can"):
+        fastmerge.merge(copy_of(coded_family / "e1"), out, quantize=searched, backend="triton")
 
 
 # ---- what is refused, and what is not finite -----------------------------------------------------
@@ -477,7 +461,10 @@ def test_values_that_are_not_finite_are_reported(kernels: backend.TritonKernels)
     ("coding", "words"),
     [
         (Coding(Format.Q4_K), r"q4_k is not written by it; backend 'cpu' or 'cuda' can"),
-        (Coding(Format.BNB_NF4, group=64, search=True), r"searched .*'cpu' or 'cuda' can"),
+        (
+            Coding(Format.BNB_NF4, group=64, search=True),
+            r"scales of bnb_nf4 are not searched for by it; .*can",
+        ),
         (Coding(Format.Q6_K), r"q6_k is only read"),
         (Coding(Format.INT8), r"int8 is only read"),
     ],

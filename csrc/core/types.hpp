@@ -9,10 +9,12 @@
 
 #if defined(__CUDACC__)
 #define FM_HD __host__ __device__
-#define FM_UNROLL _Pragma("unroll")  // what an index into registers needs
+#define FM_UNROLL _Pragma("unroll")    // what an index into registers needs
+#define FM_ROLLED _Pragma("unroll 1")  // where copies of a body would be too many, or take too many registers
 #else
 #define FM_HD
 #define FM_UNROLL
+#define FM_ROLLED
 #endif
 
 // Compiled once per instruction set: the namespace keeps the linker from sharing one copy of an inline

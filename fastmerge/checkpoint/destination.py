@@ -13,10 +13,15 @@ from fastmerge.checkpoint.wording import place, reason, shown
 from fastmerge.errors import CheckpointError
 
 #: What a killed run leaves of a model's weights, and a journal that says nothing: removed without asking.
-_LEFTOVER = re.compile(r"model.*\.safetensors(\.index\.json)?\.partial|" + re.escape(JOURNAL))
+_LEFTOVER = re.compile(
+    r"model(.*\.safetensors(\.index\.json)?|\.gguf)\.partial|" + re.escape(JOURNAL)
+)
 
-#: An earlier model's weights, which would be loaded along with, or instead of, ours.
-_WEIGHTS = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?")
+#: An earlier model's weights and what describes their codes: it would be loaded along with ours, or instead.
+_WEIGHTS = re.compile(
+    r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?|model\.gguf"
+    r"|(quantize|quant|hf_quant)_config\.json"
+)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -82,7 +87,9 @@ def _check_input(path: Path, real: str, model: Path, *, force: bool) -> None:
     # Replacing an earlier model deletes files in the output folder; an input may link to them.
     held = [model]
     if model.is_dir():
-        held += [model / n for n in os.listdir(model) if n.endswith((".safetensors", ".bin"))]
+        held += [
+            model / n for n in os.listdir(model) if n.endswith((".safetensors", ".bin", ".gguf"))
+        ]
     for file in held:
         if os.path.realpath(file).startswith(os.path.join(real, "")):
             raise CheckpointError(

@@ -56,6 +56,22 @@ struct Midpoint {
     static constexpr float value = (Book::ranked(K) + Book::ranked(K + 1)) / 2;
 };
 
+#if defined(FM_RANKS)
+/// As Fp4::code_of_rank.
+FM_EACH Ints fp4_codes_of_ranks(Ints rank) {
+    const Ints from_zero = rank - 8, negative = from_zero >> 31;
+    const Ints magnitude = from_zero ^ negative, is_zero = (magnitude - 1) >> 31;
+    return ((negative ^ is_zero) & 8) | (magnitude ^ ((magnitude & 2) << 1));
+}
+
+template <class Book, int... K>
+FM_EACH Ints code_by_midpoints(Floats s, std::integer_sequence<int, K...>) {
+    constexpr float midpoints[] = {Midpoint<Book, K>::value...};
+    const Ints rank = Bounds(midpoints).rank(s);
+    return Book::is_fp4 ? fp4_codes_of_ranks(rank) : rank;
+}
+#endif
+
 /// Of the nearest value, by the midpoints strictly below s: a tie takes the lower rank.
 template <class Book, class V, int... K>
 FM_EACH auto code_by_midpoints(V s, std::integer_sequence<int, K...>) {

@@ -4,7 +4,7 @@
 // each.
 #pragma once
 #include "core/four_bit/format.hpp"
-#if !defined(__CUDACC__)
+#if !defined(FM_GPU)
 #define FM_LANES 1
 #include "core/four_bit/lanes.hpp"
 #endif

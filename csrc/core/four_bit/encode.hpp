@@ -60,10 +60,9 @@ FM_HD inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t co
     }
 }
 
-/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
-/// begins a block. stride: elements between rows of x.
-FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
+/// As encode_tile, of all formats but Q4_K, whose search takes far more room.
+FM_HD inline void encode_small_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                    const float* x, int64_t stride) {
     switch (c.format) {
         case Format::Dense:
             return encode_dense(c, row, rows, col, cols, x, stride);
@@ -88,8 +87,6 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
             return encode_blocks<BlockQ4_1>(c, row, rows, col, cols, x, stride);
         case Format::Q8_0:
             return encode_blocks<BlockQ8_0>(c, row, rows, col, cols, x, stride);
-        case Format::Q4_K:
-            return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
         case Format::GgufMxfp4:
             return encode_blocks<BlockMxfp4>(c, row, rows, col, cols, x, stride);
         case Format::Fp8:
@@ -97,6 +94,14 @@ FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col
         default:
             return;
     }
+}
+
+/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
+/// begins a block. stride: elements between rows of x.
+FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                              const float* x, int64_t stride) {
+    if (c.format == Format::Q4_K) return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
+    encode_small_tile(c, row, rows, col, cols, x, stride);
 }
 
 /// The scale of a whole tensor whose largest magnitude is `peak`.

@@ -10,13 +10,6 @@ namespace FM_ISA {
 
 constexpr int FEW = 8;
 
-// Copies of a loop's body, one for each format, would be most of a kernel.
-#if defined(__CUDACC__)
-#define FM_ROLLED _Pragma("unroll 1")
-#else
-#define FM_ROLLED
-#endif
-
 /// out[j] = value(begin(group number), at + j) for m elements from `at` on, of groups of `group`.
 template <class Begin, class Value>
 FM_HD inline void few_of_groups(int64_t group, int64_t at, int m, float* out, Begin begin, Value value) {

@@ -27,6 +27,7 @@ template <class V>
 FM_HD inline void measure_subs(SubBlocks<V>& b, V root_mean_square) {
     b.low = b.high = b.x[0];
     b.sum_weight = b.sum_x = V{};
+    FM_ROLLED
     for (int i = 0; i < SUB; ++i) {
         const V x = b.x[i], w = root_mean_square + absolute(x);
         b.weight[i] = w;
@@ -39,6 +40,7 @@ FM_HD inline void measure_subs(SubBlocks<V>& b, V root_mean_square) {
 /// Codes of all elements on a grid that begins at `low`.
 template <class V, class Int>
 FM_HD inline void code_subs(const SubBlocks<V>& b, V inverse, Int* code) {
+    FM_ROLLED
     for (int i = 0; i < SUB; ++i) code[i] = nearest_int(clamped(inverse * (b.x[i] - b.low), 0.f, 15.f));
 }
 
@@ -46,6 +48,7 @@ FM_HD inline void code_subs(const SubBlocks<V>& b, V inverse, Int* code) {
 template <class V, class Int>
 FM_HD inline V error_of_subs(const SubBlocks<V>& b, const Int* code, V scale, V low) {
     V error{};
+    FM_ROLLED
     for (int i = 0; i < SUB; ++i) {
         const V d = scale * to_float(code[i]) + low - b.x[i];
         error += b.weight[i] * (d * d);
@@ -57,6 +60,7 @@ FM_HD inline V error_of_subs(const SubBlocks<V>& b, const Int* code, V scale, V 
 template <class V, class Int>
 FM_HD inline void improve_subs(SubBlocks<V>& b, const Int* code) {
     V l{}, ll{}, xl{};
+    FM_ROLLED
     for (int i = 0; i < SUB; ++i) {
         const V q = to_float(code[i]), wq = b.weight[i] * q;
         l += wq, ll += wq * q, xl += wq * b.x[i];
@@ -70,6 +74,7 @@ FM_HD inline void improve_subs(SubBlocks<V>& b, const Int* code) {
     const V best = if_above(determinant, V{}, b.error, V{});  // where codes do not tell, nothing is below 0
     b.scale = if_above(best, error, scale, b.scale);
     b.low = if_above(best, error, low, b.low);
+    FM_ROLLED
     for (int i = 0; i < SUB; ++i) b.code[i] = if_above(best, error, code[i], b.code[i]);
     b.error = if_above(best, error, error, b.error);
 }
@@ -82,6 +87,7 @@ FM_HD inline void search_subs(SubBlocks<V>& b) {
     code_subs(b, inverse, b.code);
     b.error = error_of_subs(b, b.code, b.scale, b.low);
     b.error = if_above(span, V{}, b.error, V{});
+    FM_ROLLED
     for (int step = 0; step <= 20; ++step) {
         typename SubBlocks<V>::Int code[SUB];
         code_subs(b, (-1.f + 0.1f * float(step) + 15.f) / (b.high - b.low), code);
@@ -121,17 +127,20 @@ struct BlockQ4_K {
     FM_HD static float& lane(float& v, int) { return v; }
 #endif
     FM_HD static void fit(const float* x, Fit& f) {
+        FM_ROLLED
         for (int first = 0; first < subs; first += together) {
             SubBlocks<Lane> b = {};
             Lane mean{};
-            for (int s = 0; s < together; ++s)
-                for (int i = 0; i < SUB; ++i) lane(b.x[i], s) = x[(first + s) * SUB + i];
+            for (int s = 0; s < together; ++s) FM_ROLLED
+            for (int i = 0; i < SUB; ++i) lane(b.x[i], s) = x[(first + s) * SUB + i];
+            FM_ROLLED
             for (int i = 0; i < SUB; ++i) mean += b.x[i] * b.x[i];
             for (int s = 0; s < together; ++s) lane(mean, s) = sqrtf(lane(mean, s) / float(SUB));
             measure_subs(b, mean);
             search_subs(b);
             for (int s = 0; s < together; ++s) {
                 f.scale[first + s] = lane(b.scale, s), f.low[first + s] = lane(b.low, s);
+                FM_ROLLED
                 for (int i = 0; i < SUB; ++i) {
                     Lane code = to_float(b.code[i]);
                     f.code[(first + s) * SUB + i] = uint8_t(lane(code, s));
@@ -168,9 +177,9 @@ struct BlockQ4_K {
             };
             encode_bytes(x + s * SUB, SUB, code, f.code + s * SUB);
         }
-        for (int h = 0; h < 4; ++h)
-            for (int i = 0; i < 32; ++i)
-                p[16 + 32 * h + i] = uint8_t(f.code[64 * h + i] | f.code[64 * h + 32 + i] << 4);
+        for (int h = 0; h < 4; ++h) FM_ROLLED
+        for (int i = 0; i < 32; ++i)
+            p[16 + 32 * h + i] = uint8_t(f.code[64 * h + i] | f.code[64 * h + 32 + i] << 4);
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p)), dmin = half_to_float(load_half_word(p + 2));

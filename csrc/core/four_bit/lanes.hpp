@@ -81,6 +81,60 @@ inline int32_t largest_lane(Ints x) {
 #endif
 }
 
+// ---- elements to ranks among 15 bounds -----------------------------------------------------------------
+
+#if defined(__AVX2__)
+#define FM_RANKS 1
+
+/// Fifteen ascending bounds; `rank` tells how many lie below each lane, by halves: four comparisons.
+class Bounds {
+  public:
+    explicit Bounds(const float* bounds) {
+        float shifted[3][16] = {};  // by what is added to a rank to reach the bound in the middle of its half
+        for (int j = 0; j < 15; ++j) shifted[0][j] = bounds[j];
+        for (int j = 0; j < 14; ++j) shifted[1][j] = bounds[j + 1];
+        for (int j = 0; j < 12; ++j) shifted[2][j] = bounds[j + 3];
+        middle_ = bounds[7];
+#if defined(__AVX512F__)
+        for (int k = 0; k < 3; ++k) table_[k] = _mm512_loadu_ps(shifted[k]);
+#else
+        for (int k = 0; k < 3; ++k)
+            for (int half = 0; half < 2; ++half) table_[k][half] = _mm256_loadu_ps(shifted[k] + 8 * half);
+#endif
+    }
+    __attribute__((always_inline)) Ints rank(Floats x) const {
+#if defined(__AVX512F__)
+        const __m512 v = __m512(x);
+        __m512i n = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(v, _mm512_set1_ps(middle_), _CMP_GT_OQ), 8);
+        for (int k = 2; k >= 0; --k) {
+            const __m512 bound = _mm512_maskz_permutexvar_ps(0xffff, n, table_[k]);
+            n = _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), n,
+                                      _mm512_set1_epi32(1 << k));
+        }
+        return Ints(n);
+#else
+        const __m256 v = __m256(x), upper = _mm256_cmp_ps(v, _mm256_set1_ps(middle_), _CMP_GT_OQ);
+        __m256i n = _mm256_setzero_si256();  // within its half
+        for (int k = 2; k >= 0; --k) {
+            const __m256 low = _mm256_permutevar8x32_ps(table_[k][0], n),
+                         high = _mm256_permutevar8x32_ps(table_[k][1], n),
+                         above = _mm256_cmp_ps(v, _mm256_blendv_ps(low, high, upper), _CMP_GT_OQ);
+            n = _mm256_add_epi32(n, _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(1 << k)));
+        }
+        return Ints(_mm256_add_epi32(n, _mm256_and_si256(_mm256_castps_si256(upper), _mm256_set1_epi32(8))));
+#endif
+    }
+
+  private:
+    float middle_;
+#if defined(__AVX512F__)
+    __m512 table_[3];
+#else
+    __m256 table_[3][2];
+#endif
+};
+#endif
+
 // ---- codes of 16 elements to bytes
 // -------------------------------------------------------------------------
 
