@@ -1,7 +1,7 @@
 """Every format of coded tensors once more, in plain numpy from its definition: slow, and sharing nothing.
 
-`encode` returns bytes by slot as fastmerge/coding.py names them; quant_oracle_values.py decodes. Every float32
-operation of a definition is one numpy operation; what is exact is done in float64.
+`encode` returns bytes by slot as fastmerge/coding.py names them; quant_oracle_values.py decodes. Every
+float32 operation of a definition is one numpy operation; what is exact is done in float64.
 """
 
 from __future__ import annotations
