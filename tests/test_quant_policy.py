@@ -214,6 +214,15 @@ def test_columns_that_a_library_misreads_are_coded_and_said() -> None:
     assert len(choice.warnings) == 1 and "has 96 columns" in choice.warnings[0]
 
 
+@pytest.mark.parametrize(("name", "warns"), [("nf4", True), ("nvfp4", True), ("int4", False)])
+def test_experts_that_a_reader_fuses_badly_are_coded_and_said(name: str, warns: bool) -> None:
+    experts = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (256, 256) for i in range(2)}
+    choice = _chosen(_model(**experts), name=name)
+    assert all(choice.formats[e] is FORMATS[name] for e in experts)
+    assert [w for w in choice.warnings if "experts" in w and "fuses" in w] == choice.warnings
+    assert bool(choice.warnings) is warns
+
+
 def test_experts_in_one_tensor_are_kept_and_said() -> None:
     experts = "model.layers.0.mlp.experts.gate_up_proj"
     choice = _chosen(_model(**{experts: (4, 256, 256)}))

@@ -32,6 +32,9 @@ HEADS = ("keep", "q8", "same")
 #: Formats of 8 bits for a head, by the family of the others.
 _EIGHT_BITS = {"compressed-tensors": "fp8"}
 
+#: Formats whose experts transformers 5 fuses without their scales, or not at all.
+_FUSED_BADLY = ("nf4", "fp4", "nf4-dq", "fp4-dq", "nvfp4")
+
 #: Kinds of models whose linear modules store [in, out]: their rows are no outputs.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -184,6 +187,12 @@ class _Chooser:
         if reason := found.refuses(shape):
             self._note(f"stays in 16 bit, as {found.name} cannot hold it: {reason}", name)
             return None
+        if ".experts." in name and found.name in _FUSED_BADLY:
+            self._note(
+                f"is an expert, and transformers 5 fuses experts: it then misreads {found.name}; keep "
+                "'*.experts.*' in 16 bit, or choose int4 or fp8 if it is to read them",
+                name,
+            )
         if found.family == "bitsandbytes" and shape[1] % 64:
             # Its file is right; versions up to 0.50 misread it where processors have AVX-512.
             self._note(
