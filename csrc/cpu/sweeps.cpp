@@ -149,7 +149,7 @@ void run_walk(const WalkPlan& plan, const Operands& in, bool f64, Decided* known
 namespace {
 
 /// Elements that are merged before they are coded: few enough to be in the first cache then.
-constexpr int64_t CODED_TILE = 4096;
+constexpr int64_t CODED_TILE = 2048;
 
 /// Columns of a tile: a whole number of the format's, as many as fit.
 int64_t tile_width(const generic::Tile& unit, int64_t cols) {

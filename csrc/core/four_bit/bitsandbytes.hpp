@@ -166,7 +166,7 @@ FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x
     const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
     store_scale(c.scales, ScaleType::F32, block, s.divide ? s.divisor : peak);
     uint8_t* bytes = c.codes + block * c.group / 2;
-    const int rest = bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal);
+    const int rest = n % 2 ? bnb_code<Book, CUDA_RULE>(0.f * s.reciprocal) : 0;
     if (s.divide)
         encode_pairs<true>(
             x, n, [&](auto v) FM_EACH_LAMBDA { return bnb_code<Book, CUDA_RULE>(v / s.divisor); }, rest,
