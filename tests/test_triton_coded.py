@@ -178,6 +178,15 @@ def test_e4m3_is_torchs(kernels: backend.TritonKernels) -> None:
     np.testing.assert_array_equal(host.slots["codes"], want)
 
 
+def test_the_least_powers_of_two_as_scales(kernels: backend.TritonKernels) -> None:
+    """E8M0's code 0 is a subnormal float32, to which scales are rounded up."""
+    least = np.float32(448 * 2.0**-127)
+    peaks = [least * np.float32(f) for f in (0, 1e-5, 0.5, 1, 1.5, 2, 3, 2.0**20)]
+    peaks += [np.nextafter(least, np.float32(1)), np.nextafter(least, np.float32(0))]
+    x = np.array(peaks, np.float32)[:, None] * np.linspace(-1, 1, 9, dtype=np.float32)
+    check_codes(kernels, Coding(Format.FP8, F32, ScaleType.E8M0), x)
+
+
 # ---- what is only read ---------------------------------------------------------------------------
 
 

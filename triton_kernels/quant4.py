@@ -206,8 +206,10 @@ def code_of_scale(scale, SCALE: tl.constexpr):
         code = e4m3_code(scale)
     elif SCALE == SCALE_E8M0:
         bits = scale.to(tl.int32, bitcast=True)
-        up = ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-        code = tl.minimum(up, 254)
+        exponent = (bits >> 23) & 0xFF
+        # Code 0 is 2**-127, a subnormal float.
+        above = (bits & 0x7FFFFF) > tl.where(exponent == 0, 0x400000, 0)
+        code = tl.minimum(exponent + above.to(tl.int32), 254)
     else:
         code = scale.to(tl.int32)
     return code
