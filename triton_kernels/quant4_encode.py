@@ -411,6 +411,9 @@ def store_codes_kernel(
     live = lane < n - begin
     line = unit_of(begin, width, lane, 1, BLOCK, LONG)
     place = unit_of(begin, width, lane, 2, BLOCK, LONG)
+    if FORMAT != BNB_NF4 and FORMAT != BNB_FP4:  # rows of any length, not all elements
+        line = line.to(tl.int32)
+        place = place.to(tl.int32)
     row = line
     col = place * 2
     below = 0
