@@ -111,9 +111,9 @@ def test_table_of_the_command_line_fits_a_terminal() -> None:
 
 
 def test_unknown_part_is_refused_in_one_line() -> None:
-    done = CliRunner().invoke(main, ["bench", "--only", "tise"])
+    done = CliRunner().invoke(main, ["bench", "--only", "tiees"])
     assert done.exit_code == 2
-    assert done.stderr == "error: nothing to time has 'tise' in its name; see `fastmerge bench`\n"
+    assert done.stderr == "error: nothing to time has 'tiees' in its name; see `fastmerge bench`\n"
 
 
 def test_timing_needs_no_torch() -> None:
