@@ -75,3 +75,43 @@ def check_merge(folder: Path, method: str, backend: str | Kernels, device: Devic
         pass
     assert (folder / out / "fastmerge.journal").exists()
     assert merge(folder, method, out, backend, device, resume=True) == want
+
+
+# ---- quantised ---------------------------------------------------------------------------------------------
+
+WIDE = families.LLAMA | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+WIDE_SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (128, 128),
+    "model.layers.0.mlp.down_proj.weight": (128, 128),
+    "model.layers.0.input_layernorm.weight": (128,),
+}
+
+
+def write_quantised_family(folder: Path) -> None:
+    """Write a dense base and two experts, the first in NF4 with double quantisation as well."""
+    for name, state in families.family(WIDE_SHAPES, torch.bfloat16).items():
+        families.write_model(folder / name, state, WIDE)
+    copy = {"merge_method": "passthrough", "models": [{"model": str(folder / "e1")}]}
+    fastmerge.merge(copy, folder / "nf4", quantize="nf4-dq", backend="cpu")
+
+
+def check_quantised_merge(
+    folder: Path, quantize: str, backend: str | Kernels, device: Device
+) -> None:
+    """Hold a merge of codes into codes to the cpu backend's bytes."""
+    experts = [
+        {"model": str(folder / m), "parameters": {"weight": 0.6, "density": 0.4}}
+        for m in ("nf4", "e2")
+    ]
+    recipe = {
+        "merge_method": "ties",
+        "base_model": str(folder / "base"),
+        "models": experts,
+        "dtype": "bfloat16",
+    }
+    written = []
+    for j, (each, where) in enumerate((("cpu", "cpu"), (backend, device))):
+        out = folder / f"{quantize}-{j}"
+        fastmerge.merge(recipe, out, quantize=quantize, backend=each, device=where)  # type: ignore[arg-type]
+        written.append({p.name: p.read_bytes() for p in out.glob("*.safetensors")})
+    assert written[0] and written[0] == written[1], quantize

@@ -32,6 +32,17 @@ def test_emulated_kernels_are_bit_equal(part: str, module: Path) -> None:
     assert done.stdout == f"{part}: as the cpu backend\n"
 
 
+def test_a_missing_barrier_is_caught(module: Path, tmp_path: Path) -> None:
+    """Without the one behind coding, what coding has cost is told before all is coded."""
+    text = (emulation.CSRC / "cuda" / "quant4.cu").read_text()
+    barrier = text.rindex("__syncthreads();", 0, text.index("if (to.residual) {"))
+    planted = tmp_path / "quant4.cu"
+    planted.write_text(text[:barrier] + text[barrier + len("__syncthreads();") :])
+    wrong = emulation.build({"quant4.cu": planted})
+    outcomes = [emulation.run(wrong, "to blocks", seed=s) for s in (1, 2)]
+    assert any(done.returncode != 0 for done in outcomes)
+
+
 @pytest.mark.parametrize("name", [*coded_merges.WRITTEN, *coded_merges.READ])
 def test_a_whole_tensor_is_all_of_its_parts(name: str) -> None:
     (rows, cols), coding = {**coded_merges.WRITTEN, **coded_merges.READ}[name]
