@@ -17,9 +17,12 @@ constexpr int WARPS = THREADS / 32;
 
 // ---- merging a few neighbours --------------------------------------------------------------------------
 
-/// Elements that a thread merges at a time: those of one Philox block.
+/// Elements that a thread merges at a time: those of one Philox block; of a tile half as many, for coding
+/// needs registers as well.
 template <class Real>
 constexpr int RUN = sizeof(Real) == 4 ? 8 : 1;
+template <class Real>
+constexpr int TILE_RUN = sizeof(Real) == 4 ? 4 : 1;
 
 /// Whether a run may cross rows.
 __device__ __forceinline__ bool joins_rows(const WalkPlan& plan, int64_t cols, int run) {
@@ -32,10 +35,9 @@ static __device__ __noinline__ bool merge_one(const Job& job, int64_t i, Real* m
     return walk_block<Real, 1, AnyLoad>(job.plan, job.in, job.ranks, i, 1, merged);
 }
 
-/// Merge elements [i, i + m) of the chunk, m <= RUN; true if an operand is not finite.
-template <class Real>
+/// Merge elements [i, i + m) of the chunk, m <= N; true if an operand is not finite.
+template <class Real, int N>
 __device__ __forceinline__ bool merge_run(const Job& job, bool joined, int64_t i, int m, Real* merged) {
-    constexpr int N = RUN<Real>;
     if constexpr (N == 1) {
         return merge_one(job, i, merged);
     } else {
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const Part part = part_of<N>(job.in.start, piece.begin, piece.end, q);
             if (part.n <= 0) continue;
             Real merged[N];
-            if (merge_run<Real>(job, joined, part.first, part.n, merged)) atomicOr(job.bad, 1);
+            if (merge_run<Real, N>(job, joined, part.first, part.n, merged)) atomicOr(job.bad, 1);
             store_part<Real>(merged, job.out, job.out_type, part.first, part.n);
         }
     }
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, 1) walk_peak_kernel(const Job* at, DT
         const Part part = part_of<N>(job.in.start, 0, job.in.n, q);
         if (part.n <= 0) continue;
         Real merged[N];
-        bad |= merge_run<Real>(job, joined, part.first, part.n, merged);
+        bad |= merge_run<Real, N>(job, joined, part.first, part.n, merged);
         FM_UNROLL
         for (int j = 0; j < N; ++j)
             if (j < part.n) {
@@ -178,12 +180,12 @@ __device__ __forceinline__ void visit_tile(const Job& job, const CodedResult& to
 /// Merge a tile into memory, as the type that is coded; true if there is anything that is not finite.
 template <class Real>
 __device__ __forceinline__ bool merge_tile(const Job& job, const CodedResult& to, const Window& w, float* x) {
-    constexpr int N = RUN<Real>;
+    constexpr int N = TILE_RUN<Real>;
     const bool joined = joins_rows(job.plan, job.in.cols, N);
     bool bad = false;
     visit_tile<N>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
         Real merged[N];
-        bad |= merge_run<Real>(job, joined, i, n, merged);
+        bad |= merge_run<Real, N>(job, joined, i, n, merged);
         FM_UNROLL
         for (int j = 0; j < N; ++j)
             if (j < n) {
@@ -232,7 +234,7 @@ __device__ __forceinline__ void sum_block(double& a, double& b, double* shared) 
 /// What coding has cost a tile: squared errors, and squares. Always in the same order.
 __device__ __forceinline__ void measure_tile(const Job& job, const CodedResult& to, const Window& w,
                                              const float* x, double* shared, double* residual) {
-    constexpr int N = RUN<float>;
+    constexpr int N = TILE_RUN<float>;
     double errors = 0, squares = 0;
     visit_tile<N>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
         float decoded[N];
