@@ -20,11 +20,16 @@ demo: venv
 	$(BIN)/python examples/demo_images.py --work build/demo/images
 	$(BIN)/python examples/demo_encoder.py --work build/demo/encoder
 
+# One process per core; then, alone, what keeps to the clock.
+BESIDE = $(BIN)/pytest -q -n logical --dist worksteal
+
 test: venv
-	$(BIN)/pytest -q -m 'not huge'
+	$(BESIDE) -m 'not huge and not timed'
+	$(BIN)/pytest -q -m 'timed and not huge'
 
 test-all: venv
-	$(BIN)/pytest -q
+	$(BESIDE) -m 'not huge and not timed'
+	$(BIN)/pytest -q -m 'huge or timed'
 
 lint: venv
 	$(BIN)/ruff check .

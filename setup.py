@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -56,8 +56,16 @@ def find_nvcc():
     return nvcc
 
 
+# All sources of both modules side by side: few are large, and most of the time goes into those.
+ParallelCompile().install()
+
+
 class BuildKernels(build_ext):
     """Compile csrc/cpu/isa_*.cpp with the flags of the instruction set in their name, csrc/cuda with nvcc."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def build_extension(self, ext):
         if ext.name.endswith("._cuda"):
@@ -105,7 +113,7 @@ shared = ["csrc/bindings/cpu.cpp", *sorted(str(p) for folder in ("csrc/cpu", "cs
           for p in Path(folder).glob("*.cpp") if not p.stem.startswith("isa_"))]  # fmt: skip
 cpu = Pybind11Extension(
     "fastmerge._cpu",
-    sources=shared + [f"csrc/cpu/isa_{isa}.cpp" for isa in ISAS],
+    sources=[f"csrc/cpu/isa_{isa}.cpp" for isa in reversed(ISAS)] + shared,  # the slowest first
     include_dirs=["csrc"],
     define_macros=[("FM_X86", "1")] if IS_X86 else [],
     extra_compile_args=FLAGS,
@@ -124,7 +132,7 @@ if find_nvcc():
             "fastmerge._cuda",
             # The slowest first: all are compiled side by side.
             sources=[
-                *sorted(cuda_sources, key=lambda s: "fused_" not in s),
+                *sorted(cuda_sources, key=lambda s: "fused_" not in s and "quant4" not in s),
                 "csrc/bindings/cuda.cpp",
             ],
             define_macros=[("FM_TARGETS", f'"{targets}"')],

@@ -6,6 +6,7 @@ python tests/emulation.py PART ...      what tests/test_emulated.py runs, in a p
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -30,7 +31,7 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden",
 def sources() -> list[Path]:
     """Return the CUDA backend's sources, the slowest to compile first."""
     found = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]
-    found.sort(key=lambda p: (not p.name.startswith("fused_"), p.name))
+    found.sort(key=lambda p: (not p.name.startswith(("fused_", "quant4")), p.name))
     return [*found, CSRC / "bindings" / "cuda.cpp"]
 
 
@@ -49,6 +50,12 @@ def build(replaced: dict[str, Path] | None = None) -> Path:
     state = hashlib.blake2b(text + repr(FLAGS).encode(), digest_size=8).hexdigest()
     folder = ROOT / "build" / "emulated" / state
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # of two test processes, one builds and one waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, replaced)
+
+
+def _build(folder: Path, replaced: dict[str, Path] | None) -> Path:
 
     def object_of(source: Path) -> Path:
         other = (replaced or {}).get(source.name)

@@ -24,7 +24,10 @@ from fastmerge.errors import DeviceError, DeviceMemoryError
 from fastmerge.streaming.device import Memory, Stream
 from fastmerge.streaming.trace import Span
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.timed,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
 
 IN, COMPUTE, OUT = Stream.COPY_IN, Stream.COMPUTE, Stream.COPY_OUT
 MB = 1_000_000

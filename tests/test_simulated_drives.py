@@ -29,7 +29,10 @@ from fastmerge.streaming.ring import Place, Reader, Writer
 from fastmerge.streaming.sources import Io, Sources
 from fastmerge.streaming.trace import busy_seconds
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.timed,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
 
 MB = 1_000_000
 
