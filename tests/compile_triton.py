@@ -1,6 +1,6 @@
 """Compile the main Triton kernels ahead of time and print, as JSON, what the compiler made of each.
 
-    python tests/compile_triton.py 80 90 100
+    python tests/compile_triton.py dense|coded|all 80 90 100
 
 Needs no GPU, and must not see TRITON_INTERPRET: Triton decides at import what a kernel is.
 """
@@ -194,9 +194,13 @@ def described(binary: Any, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     results: dict[str, dict[str, Any]] = {}
+    group, *capabilities = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         for name, kernel, flags in jobs():
-            for capability in map(int, sys.argv[1:]):
+            coded = name.split()[0] in ("decode", "scales", "codes")
+            if group == ("dense" if coded else "coded"):
+                continue
+            for capability in map(int, capabilities):
                 binary = compiled(kernel, flags, capability)
                 results[f"{name} sm_{capability}"] = described(binary, Path(folder))
     json.dump(results, sys.stdout, indent=2)

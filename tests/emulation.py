@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NAME = "_cuda_emulated"
-FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
          "-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          f"-DFM_MODULE={NAME}", '-DFM_TARGETS="emulated"']  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import llama_tensors, llama_values, make, write_by_package
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 gguf = pytest.importorskip(
@@ -206,6 +206,8 @@ _VALUES = st.one_of(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=4), st.booleans())
+@example({"llama.attention.layer_norm_rms_epsilon": GgufValue(ValueType.F64, 3.4025e38)}, False)
+@example({"llama.attention.layer_norm_rms_epsilon": GgufValue(ValueType.F64, 1e300)}, False)
 def test_no_metadata_does_anything_but_raise(
     tmp_path: Path, values: dict[str, GgufValue], factors: bool
 ) -> None:

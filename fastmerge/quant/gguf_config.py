@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastmerge.checkpoint.gguf import GgufFile, GgufValue, ValueType
@@ -203,8 +203,9 @@ def _shortest(value: float) -> float:
     """Return the shortest decimal number that is this one in float32: 1e-05, not 9.999999747378752e-06."""
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", value):
-            return short
+        with suppress(OverflowError):  # beyond float32: rounded up, or as it is in the file
+            if struct.pack("<f", short) == struct.pack("<f", value):
+                return short
     return value
 
 
