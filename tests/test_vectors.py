@@ -67,7 +67,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("vector", "isa"), _coded_items(root))
     if {"case", "run"} <= set(metafunc.fixturenames):
         root = Path(metafunc.config.getoption("vectors"))
-        items = _items(root) or [pytest.param(str(root), "", id="empty")]
+        items = _items(root)
+        if not items and not _coded_items(root):
+            items = [pytest.param(str(root), "", id="empty")]
         metafunc.parametrize(("case", "run"), items)
 
 
