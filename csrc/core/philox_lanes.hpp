@@ -9,7 +9,8 @@ namespace FM_ISA {
 /// The keys of the ten rounds, each in the low half of its word.
 struct PhiloxKeys {
     uint64_t word[20];
-    explicit PhiloxKeys(uint64_t key = 0) {
+    PhiloxKeys() {}  // left as it is: a walk of few elements has 64 of them
+    explicit PhiloxKeys(uint64_t key) {
         uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
         for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
             word[2 * round] = k0, word[2 * round + 1] = k1;

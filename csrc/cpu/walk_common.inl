@@ -19,8 +19,20 @@ struct CampLanes {
     Floats plus_value, minus_value, plus_weight, minus_weight, plus_votes, minus_votes;
 };
 
+/// What divides by a constant: its reciprocal where that gives the same, which a power of two's does.
+struct Divisor {
+    explicit Divisor(float value) : by(value), exact(false) {
+        const uint32_t u = bit_cast<uint32_t>(value), exponent = u >> 23 & 0xffu;
+        if ((u & 0x7fffffu) == 0 && exponent > 0 && exponent < 254) by = 1.0f / value, exact = true;
+    }
+    Floats divide(Floats x) const { return exact ? x * by : x / by; }
+
+    float by;
+    bool exact;
+};
+
 /// As elect_block.
-inline Floats elect_lanes(const WalkPlan& plan, const CampLanes& c, bool votes) {
+inline Floats elect_lanes(const WalkPlan& plan, Divisor divisor, const CampLanes& c, bool votes) {
     const Floats zeros = {};
     const Floats total = votes ? c.plus_votes + c.minus_votes : c.plus_value + c.minus_value;
     const Picks zero = zero_lanes(total);
@@ -30,7 +42,7 @@ inline Floats elect_lanes(const WalkPlan& plan, const CampLanes& c, bool votes) 
         return plan.on_zero == OnZero::Plus ? where(zero, plus, merged) : merged;
     };
     Floats merged = elected(c.plus_value, c.minus_value);
-    if (plan.divide == Divide::Constant) merged = merged / float(plan.divisor);
+    if (plan.divide == Divide::Constant) merged = divisor.divide(merged);
     if (plan.divide == Divide::Weight) {
         const Floats sum = elected(c.plus_weight, c.minus_weight), floor = zeros + float(plan.floor);
         const Floats weight = float(plan.floor) > 0 ? where(below(sum, floor), floor, sum)
@@ -48,7 +60,9 @@ enum class Keeps { All, Large, Some };
 
 template <DType T, Vote BY, Keeps KEEPS>
 inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpert* experts,
-                      const BlockKeep* kept, int64_t i, int v0, Floats* merged, Words& largest) {
+                      const BlockKeep* kept, Divisor divisor, int64_t i, int v0, Floats* merged,
+                      Words& largest) {
+    constexpr bool PLAIN = BY == Vote::None && KEEPS == Keeps::All;
     const bool weighed = plan.divide == Divide::Weight;
     const bool rescale = plan.keep.rescale && plan.keep.drop == DropKind::Uniform;
     const Floats zeros = {};
@@ -63,7 +77,7 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
         for (int v = 0; v < TILE; ++v) {
             Floats d = load_view<T>(e.x, i + (v0 + v) * LANES) - base[v];
             const Words key = order_keys(d);
-            largest = most(largest, key);
+            if (!PLAIN) largest = most(largest, key);
             if (KEEPS == Keeps::Large) d = only(above(Ints(key), Ints{} + kept[k].trim), d);
             if (KEEPS == Keeps::Some) d = only(kept_lanes(kept[k], key, v0 + v), d);
             if (KEEPS == Keeps::Some && rescale) d = d * e.inverse;
@@ -88,10 +102,11 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
         }
     }
     for (int v = 0; v < TILE; ++v) {
+        if (PLAIN) largest = most(largest, order_keys(merged[v]));  // a sum of all shows what one of them is
         if (BY != Vote::None)
-            merged[v] = elect_lanes(plan, camps[v], BY == Vote::Delta);
+            merged[v] = elect_lanes(plan, divisor, camps[v], BY == Vote::Delta);
         else if (plan.divide == Divide::Constant)
-            merged[v] = merged[v] / float(plan.divisor);
+            merged[v] = divisor.divide(merged[v]);
         if (plan.lambda != 1.0) merged[v] = merged[v] * float(plan.lambda);
         if (plan.add_base) merged[v] = base[v] + merged[v];
     }
@@ -100,6 +115,7 @@ inline void walk_tile(const WalkPlan& plan, const Operands& in, const CommonExpe
 template <DType T, Vote BY, Keeps KEEPS>
 bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, const CommonExpert* experts,
                  int64_t a, int64_t b, void* out, DType out_type) {
+    const Divisor divisor(float(plan.divisor));
     Words largest = {};
     bool bad = false;
     for (int64_t i = a; i < b;) {
@@ -121,7 +137,7 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
         for (int k = 0; k < in.n_experts; ++k) prefetch_block<T>(experts[k].x, i);
         Floats merged[VECTORS];
         for (int v = 0; v < VECTORS; v += TILE)
-            walk_tile<T, BY, KEEPS>(plan, in, experts, kept, i, v, merged + v, largest);
+            walk_tile<T, BY, KEEPS>(plan, in, experts, kept, divisor, i, v, merged + v, largest);
         if (out_type == DType::BF16) {
             for (int v = 0; v < VECTORS; ++v) {
                 const Halves h = to_bf16(merged[v]);
@@ -134,7 +150,7 @@ bool walk_blocks(const WalkPlan& plan, const Operands& in, const Ranks& ranks, c
         }
         i += BLOCK;
     }
-    // A delta may overflow where no operand is infinite: look again before saying so.
+    // A delta or a sum may overflow where no operand is infinite: look again before saying so.
     bool suspect = false;
     for (int j = 0; j < LANES; ++j) suspect |= largest[j] >= KeyOf<float>::inf;
     return bad || (suspect && any_nonfinite(in, a, b));

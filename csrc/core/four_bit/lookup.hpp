@@ -21,10 +21,17 @@ FM_EACH Values values_of(const F& value) {
 
 template <class Book, int... K>
 FM_EACH Values scaled_book(float scale, std::integer_sequence<int, K...>) {
-    return {{Book::value(K) * scale...}};
+#if defined(FM_LOOK_UP)
+    static constexpr float book[16] = {Book::value(K)...};
+    Values v;
+    scale_table(book, scale, v.of);
+    return v;
+#else
+    return {{Book::value(K) * scale...}};  // each a constant, which a loop would fetch from memory
+#endif
 }
 
-/// Book::value(code) * scale. (A loop over the book would fetch from memory what here is a constant.)
+/// Book::value(code) * scale.
 template <class Book>
 FM_EACH Values book_values(float scale) {
     return scaled_book<Book>(scale, std::make_integer_sequence<int, 16>());
