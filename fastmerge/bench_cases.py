@@ -126,8 +126,8 @@ def _method(spec: MethodSpec) -> Case:
         held, out = result(n)
 
         def run() -> Any:
-            walk = resolve(kernels, spec, params, context, operands)
-            run_walk(kernels, walk, operands, out)
+            walk, over = resolve(kernels, spec, params, context, operands)
+            run_walk(kernels, walk, over, out)
             return held
 
         return run
@@ -193,5 +193,8 @@ def dense_cases() -> list[Case]:
 
 
 def _is_settled(spec: MethodSpec) -> bool:
-    """Return whether every required parameter has a value here; those of other packages may not."""
-    return all(p.name in SETTINGS for p in spec.params if p.default is REQUIRED)
+    """Return whether it is swept, and every required parameter has a value here."""
+    settled = all(p.name in SETTINGS for p in spec.params if p.default is REQUIRED)
+    return (
+        settled and spec.cost is None
+    )  # decompositions are no sweeps: bytes are not what they take

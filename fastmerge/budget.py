@@ -29,7 +29,7 @@ from fastmerge.jobs import (
     work_items,
 )
 from fastmerge.registry import Scope
-from fastmerge.stages import Axis, Moments, OrderStatistic, RankedDrop, Statistic
+from fastmerge.stages import Axis, Matrices, Moments, OrderStatistic, RankedDrop, Statistic
 from fastmerge.streaming.ring import ALIGNMENT, BLOCK, DIRECT_LEAST, READ_AHEAD
 
 if TYPE_CHECKING:
@@ -124,13 +124,20 @@ def default_memory() -> int:
 
 def _first_statistic(plan: Plan, job: TensorJob) -> Statistic | None:
     """Return what a job's recipe asks for first, if anything."""
-    if job.action is not Action.MERGE or job.scope is Scope.ELEMENT:
+    if job.action is not Action.MERGE or job.scope in (Scope.ELEMENT, Scope.MATRIX):
         return None
     assert job.params is not None
     recipe = plan.spec.recipe(job.params, job.context(plan.seed, plan.n_model))
     request = next(recipe, None)
     recipe.close()
+    assert not isinstance(request, Matrices)
     return request
+
+
+def _matrix_bytes(plan: Plan, job: TensorJob) -> int:
+    """Return what a method of scope MATRIX says that it takes for one tensor."""
+    assert job.params is not None and plan.spec.cost is not None
+    return plan.spec.cost(job.params, job.context(plan.seed, plan.n_model)).memory
 
 
 def _rounding(job: TensorJob, n: int, device: str) -> int:
@@ -146,6 +153,8 @@ def _scratch(plan: Plan, job: TensorJob) -> int:
     more where neighbours are alike, 10 bytes each (csrc/cpu/order.cpp). Drops keep a bit of each element for
     the walk, or rank a chunk (csrc/cpu/sweeps.hpp).
     """
+    if job.scope is Scope.MATRIX:
+        return _matrix_bytes(plan, job)
     request = _first_statistic(plan, job)
     experts = len(job.experts)
     n = plan.n_model if job.scope is Scope.MODEL else job.n
@@ -190,7 +199,7 @@ def fit_host(plan: Plan) -> None:
         plan.stream_bytes = max(2 * item, room_left)
         working = max(working, plan.stream_bytes + stream_scratch)
     plan.working_bytes = working
-    too_large = [j.name for j in plan.jobs if j.scope is Scope.WHOLE and j.name in streamed]
+    too_large = [j.name for j in plan.jobs if j.needs_whole and j.name in streamed]
     needed = max([plan.working_bytes, *(whole[n] + scratch[n] for n in too_large)])
     if needed > budget:
         raise RecipeError(
@@ -322,7 +331,7 @@ def _fit_device(plan: Plan, target: Target, item_bytes: int, block: int, hold: b
         piece = max(WorkItem((pieces[n],)).device_memory for n in plan.streamed)
         largest, wanted = max(largest, 2 * piece), max(wanted, 3 * piece)
     operands = max(largest, min(budget - held, wanted))
-    too_large = [j.name for j in plan.jobs if j.scope is Scope.WHOLE and j.name in plan.streamed]
+    too_large = [j.name for j in plan.jobs if j.needs_whole and j.name in plan.streamed]
     most = max([largest + held, *(whole[n] + scratch[n] for n in too_large)])
     edges = _edges(plan, block)
     plan.device = DeviceBudget(
@@ -379,6 +388,8 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend
     (Triton).
     """
     request = _first_statistic(plan, job)
+    if job.scope is Scope.MATRIX:
+        return _matrix_bytes(plan, job)
     coded = _decoded(job, n, request) if backend == "triton" else 0
     return coded + _statistic_scratch(plan, job, request, n, item_bytes, backend)
 

@@ -47,7 +47,7 @@ from fastmerge.jobs import (
 from fastmerge.planner import Plan
 from fastmerge.registry import Scope
 from fastmerge.results import Output, Results, is_done
-from fastmerge.stages import Copy, Grain, Statistic, Walk, grain
+from fastmerge.stages import Copy, Grain, Matrices, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Memory
 from fastmerge.streaming.ring import WRITING_THREADS, Run
 from fastmerge.streaming.route import Disks, Route, Sizes, device_route, host_route
@@ -307,7 +307,7 @@ class Engine:
         size = 0
         for piece, held in zip(item.pieces, operands, strict=True):
             job = piece.job
-            walk = self._walk_of(job, held)
+            walk, held = self._walk_of(job, held)
             if piece.n < job.n:
                 self.walks[job.name] = walk
             if job.needs_peak and job.name not in self.peaks:  # alone, and all of it is here
@@ -326,12 +326,14 @@ class Engine:
         if batch:
             self._start(batch)
 
-    def _walk_of(self, job: TensorJob, operands: Operands) -> Walk | Copy:
+    def _walk_of(self, job: TensorJob, operands: Operands) -> tuple[Walk | Copy, Operands]:
+        """Return a job's walk and what it is to be run over."""
         if job.action is Action.COPY_EQUAL:
             self._compare(job, operands)
         elif job.action is Action.MERGE:
-            return self.walks.get(job.name) or self._resolve_here(job, operands)
-        return Copy(0)
+            known = self.walks.get(job.name)
+            return (known, operands) if known else self._resolve_here(job, operands)
+        return Copy(0), operands
 
     def _keeps(self, part: Piece) -> bool:
         """Return whether a part of a tensor whose other parts are left is written already."""
@@ -362,10 +364,10 @@ class Engine:
                 check = partial(_refuse, part.piece, next(bad))
             self.results.merged(part.piece, result, check)
 
-    def _resolve_here(self, job: TensorJob, operands: Operands) -> Walk | Copy:
+    def _resolve_here(self, job: TensorJob, operands: Operands) -> tuple[Walk | Copy, Operands]:
         assert job.params is not None
         context = job.context(self.plan.seed, self.plan.n_model)
-        with self.watch.time("statistics"):
+        with self.watch.time("matrices" if job.scope is Scope.MATRIX else "statistics"):
             return resolve(
                 self.kernels, self.plan.spec, job.params, context, operands, self.chunk_elements
             )
@@ -431,6 +433,7 @@ class Engine:
             except StopIteration as stop:
                 self.walks[job.name] = stop.value
                 break
+            assert not isinstance(request, Matrices)  # such tensors are never streamed
             answer = self._stream_statistic(job, request)
 
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:
@@ -466,9 +469,10 @@ class Engine:
             work_items(wanted, self.plan.streamed, self.plan.item_bytes)
         ):
             for piece, held in zip(item.pieces, operands, strict=True):
-                walk = self._walk_of(piece.job, held)
-                self.walks[piece.job.name] = walk
-                self._find_peak(piece.job, walk, held)
+                walk, over = self._walk_of(piece.job, held)
+                if piece.job.scope is not Scope.MATRIX:  # what was computed is not kept
+                    self.walks[piece.job.name] = walk
+                self._find_peak(piece.job, walk, over)
         for job in streamed:
             if job.name not in self.walks:
                 self._resolve_streamed(job)

@@ -12,12 +12,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
-from fastmerge.backends.memory import bytes_of, copy_bytes, empty, to_host
+from fastmerge.backends.memory import buffer_of, bytes_of, copy_bytes, empty, to_host
 from fastmerge.backends.through_dense import decoded
 from fastmerge.coding import Coding
 from fastmerge.dtypes import DType
@@ -25,11 +25,13 @@ from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
 from fastmerge.stages import (
     F64,
+    Add,
     Copy,
     Cut,
     GivenMask,
     Grain,
     Keep,
+    Matrices,
     MomentResult,
     Moments,
     OrderStatistic,
@@ -38,6 +40,9 @@ from fastmerge.stages import (
     Walk,
     grain,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -137,17 +142,78 @@ def resolve(
     context: TensorContext,
     operands: Operands,
     limit: int = CHUNK_ELEMENTS,
-) -> Walk | Copy:
-    """Run a recipe to its walk: every statistic it yields is swept over `operands`."""
+) -> tuple[Walk | Copy, Operands]:
+    """Run a recipe to its walk: every statistic it yields is swept over `operands`.
+
+    Returns:
+        The walk, and what it is to be run over: the operands, or the base and what a method of scope MATRIX
+        has computed to be added to it.
+    """
     recipe = spec.recipe(params, context)
     answer: Any = None
     while True:
         try:
             request = recipe.send(answer)
         except StopIteration as stop:
-            result: Walk | Copy = stop.value
-            return result
-        answer = sweep_statistic(kernels, request, operands, limit)
+            if isinstance(stop.value, Add):
+                return _adding(stop.value.values, stop.value.scale, operands)
+            walk: Walk | Copy = stop.value
+            return walk, operands
+        except _NotFinite as stop:  # so is all that would be computed from it
+            return _adding(stop.delta.fill_(math.nan), 1.0, operands)
+        if isinstance(request, Matrices):
+            answer = _Deltas(kernels, operands, request.shape, limit)
+        else:
+            answer = sweep_statistic(kernels, request, operands, limit)
+
+
+class _NotFinite(Exception):
+    """A delta holds NaN or infinity, and cannot be decomposed."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+
+@dataclass(frozen=True)
+class _Deltas:
+    """The `stages.Deltas` of operands in memory."""
+
+    kernels: Kernels
+    operands: Operands
+    shape: tuple[int, int]
+    limit: int
+
+    def __len__(self) -> int:
+        return len(self.operands.experts)
+
+    def __getitem__(self, k: int) -> Tensor:
+        import torch
+
+        held = self.operands
+        assert held.base is not None
+        pair = Operands(None, [held.experts[k], held.base], held.cols, held.compute, held.start)
+        difference = Walk(np.array([[1.0], [-1.0]]), add_base=False)
+        delta = torch.empty(
+            self.shape, dtype=getattr(torch, held.compute.torch), device=held.base.device
+        )
+        bad = False
+        for a, chunk in pair.chunks(Grain.ELEMENT, self.limit):
+            out = buffer_of(delta).slice(a, a + chunk.n)
+            bad |= self.kernels.walk(difference, chunk, out)
+        if bad:
+            raise _NotFinite(delta)
+        return delta
+
+
+def _adding(values: Tensor, scale: float, operands: Operands) -> tuple[Walk, Operands]:
+    """Return the walk over base and computed values whose result is base + scale * values."""
+    import torch
+
+    assert operands.base is not None
+    pair = [operands.base, buffer_of(values.to(getattr(torch, operands.compute.torch)))]
+    walk = Walk(np.array([[1.0], [scale]]), add_base=False)
+    return walk, Operands(None, pair, operands.cols, operands.compute, operands.start)
 
 
 def run_walk(
@@ -328,7 +394,9 @@ def resolve_model(
         for t, recipe in enumerate(recipes):
             if walks[t] is None:
                 try:
-                    requests[t] = recipe.send(answers[t])
+                    request = recipe.send(answers[t])
+                    assert not isinstance(request, Matrices)  # nothing does both
+                    requests[t] = request
                 except StopIteration as stop:
                     walks[t] = stop.value
         if not requests:

@@ -193,7 +193,16 @@ class TensorJob:
     @property
     def is_whole(self) -> bool:
         """Whether all of the tensor should be in memory at once."""
-        return self.action is Action.MERGE and self.scope in (Scope.TENSOR, Scope.WHOLE)
+        return self.action is Action.MERGE and self.scope in (
+            Scope.TENSOR,
+            Scope.WHOLE,
+            Scope.MATRIX,
+        )
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it cannot be merged but with all of the tensor in memory at once."""
+        return self.action is Action.MERGE and self.scope in (Scope.WHOLE, Scope.MATRIX)
 
     @functools.cached_property
     def unit(self) -> int:

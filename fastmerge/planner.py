@@ -34,7 +34,7 @@ from fastmerge.jobs import ITEM_BYTES, Action, Operand, TensorJob
 from fastmerge.quant.opening import open_model
 from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import LayerPositions, Recipe
-from fastmerge.registry import MethodSpec, Params, Scope
+from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
 from fastmerge.storing import Storage, store
 
 
@@ -339,7 +339,7 @@ class _Builder:
             compute,
             Operand(self.labels[base], found[base]) if base is not None and has_base else None,
             tuple(Operand(self.labels[i], found[i]) for i in present),
-            spec.scope_for(params),
+            spec.scope_for(params, TensorContext(name, first.shape, len(present), has_base)),
             params,
         )
 

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from fastmerge.errors import RecipeError
-from fastmerge.stages import Copy, GivenMask, Statistic, Walk
+from fastmerge.stages import GivenMask, Outcome, Request
 
-Recipe = Generator[Statistic, Any, Walk | Copy]
+Recipe = Generator[Request, Any, Outcome]
 RecipeFunction = Callable[["Params", "TensorContext"], Recipe]
 Oracle = Callable[..., Any]
 
@@ -31,6 +31,7 @@ class Scope(enum.Enum):
     ELEMENT = "element"  # any tile, one pass
     TENSOR = "tensor"  # a sweep for statistics over the tensor or its rows, then the walk
     WHOLE = "whole"  # as tensor, and the walk needs all of the tensor at once
+    MATRIX = "matrix"  # all of the tensor, and room to decompose its deltas
     MODEL = "model"  # a first pass over all shards, then the walk
 
 
@@ -78,6 +79,15 @@ def philox_key(seed: int, name: str, expert: int, purpose: str) -> int:
     """Return the 64-bit key of one expert's draws; the draw's counter is the flat element index."""
     text = f"fastmerge-1\0{seed}\0{name}\0{expert}\0{purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What decomposing one tensor's deltas takes beside its operands: most bytes at a time, and
+    operations."""
+
+    memory: int
+    flops: float
 
 
 ParamScope = Literal["shared", "expert", "input"]
@@ -163,7 +173,8 @@ class MethodSpec:
     n_inputs: (least, most) number of operands other than a delta base; most None means no limit.
     on_few:   what happens to a tensor that too few inputs have, when that is allowed at all:
               error, copy_single (the only one present is copied) or copy_base.
-    scope:    Scope, or a function of the resolved parameters.
+    scope:    Scope, or a function of the resolved parameters and the tensor.
+    cost:     of a tensor, for methods of scope MATRIX.
     presets:  name -> parameter values, selected by the parameter `preset`.
     """
 
@@ -178,11 +189,12 @@ class MethodSpec:
     base_is_operand: bool = False
     n_inputs: tuple[int, int | None] = (1, None)
     on_few: Literal["error", "copy_single", "copy_base"] = "error"
-    scope: Scope | Callable[[Params], Scope] = Scope.ELEMENT
+    scope: Scope | Callable[[Params, TensorContext], Scope] = Scope.ELEMENT
+    cost: Callable[[Params, TensorContext], Cost] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def scope_for(self, params: Params) -> Scope:
-        return self.scope if isinstance(self.scope, Scope) else self.scope(params)
+    def scope_for(self, params: Params, context: TensorContext) -> Scope:
+        return self.scope if isinstance(self.scope, Scope) else self.scope(params, context)
 
     def param(self, name: str) -> Param | None:
         return next((p for p in self.params if p.name == name), None)

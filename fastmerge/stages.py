@@ -13,6 +13,9 @@ A recipe is a generator: it yields statistics, is sent their results, and return
 are plain data; `fastmerge.backends` turns them into kernel arguments. U is the number of units a
 statistic is over:
 1 for a tensor, `rows` for ROW, `cols` for COLUMN.
+
+Methods of scope MATRIX ask for the deltas themselves (`Matrices`), compute with `fastmerge.linalg`,
+and return what is to be added to the base (`Add`).
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -191,6 +197,18 @@ class Copy:
     index: int = 0
 
 
+@dataclass(frozen=True)
+class Add:
+    """The output is base + scale * values, rounded once. values: as many elements as the tensor has, of any
+    type."""
+
+    values: Tensor
+    scale: float = 1.0
+
+
+Outcome = Walk | Copy | Add
+
+
 # ---- statistics: what a recipe may yield ----------------------------------------------------------
 
 
@@ -253,7 +271,25 @@ class SignBalance:
     scope: Literal["tensor", "model"] = "tensor"
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """Yield to get `Deltas`: the experts' changes of one tensor as matrices of `shape`."""
+
+    shape: tuple[int, int]
+
+
+class Deltas(Protocol):
+    """[rows, cols] torch tensors in the compute type, where the operands are. Each is computed when it
+    is asked for, and not kept: a method holds as many at once as it needs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, k: int) -> Tensor:
+        """Return expert_k - base."""
+        ...
+
+
 Statistic = OrderStatistic | Moments | Gram | SignBalance
+Request = Statistic | Matrices
 
 
 # ---- what a chunk must hold ----------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastmerge import ops
@@ -118,7 +118,7 @@ def merge_state_dicts(
     bad = run_walks(
         ready.kernels,
         [
-            (walk, job.operands, ops.buffer_of(out[job.key], job.key))
+            (walk, job.over or job.operands, ops.buffer_of(out[job.key], job.key))
             for job, walk in zip(ready.jobs, ready.walks, strict=True)
         ],
         ready.limit,
@@ -173,7 +173,7 @@ def merge_to_4bit(
     )
     (job,), (walk,) = ready.jobs, ready.walks
     coding = coding_of(format, tuple(job.like.shape), parsed(dtype) or job.dtype, rounding)
-    coded = code(ready.kernels, walk, job.operands, coding, job.like, ready.limit)
+    coded = code(ready.kernels, walk, job.over or job.operands, coding, job.like, ready.limit)
     if coded is None:
         _refuse_nonfinite(job, coding.dtype)
     return coded
@@ -181,13 +181,15 @@ def merge_to_4bit(
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor to merge. like: the operand whose kind, shape and device the result has; dtype: its type."""
+    """One tensor to merge. like: the operand whose kind, shape and device the result has; dtype: its type.
+    over: what its walk is run over, once that is known."""
 
     key: str
     tensor: ModelTensor
     operands: Operands
     like: Tensor
     dtype: DType
+    over: Operands | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def _prepared(
         jobs.append(_Job(key, tensor, Operands(origin, buffers, cols, compute), like, dtype))
     kernels = ops.choose(device, backend)
     limit = chunk_elements or kernels.chunk_elements
-    walks = _walks(kernels, spec, resolved, jobs, limit)
+    walks, over = _walks(kernels, spec, resolved, jobs, limit)
+    jobs = [replace(job, over=held) for job, held in zip(jobs, over, strict=True)]
     return _Ready(ops.choose(device, backend, walks), jobs, walks, limit, list(first))
 
 
@@ -252,9 +255,11 @@ def _walks(
     params: Params,
     jobs: Sequence[_Job],
     limit: int,
-) -> list[Walk | Copy]:
-    if spec.scope_for(params) is not Scope.MODEL:
-        return [resolve(kernels, spec, params, j.tensor.context, j.operands, limit) for j in jobs]
+) -> tuple[list[Walk | Copy], list[Operands]]:
+    """Return each job's walk, and what it is to be run over."""
+    if all(spec.scope_for(params, j.tensor.context) is not Scope.MODEL for j in jobs):
+        found = [resolve(kernels, spec, params, j.tensor.context, j.operands, limit) for j in jobs]
+        return [walk for walk, _ in found], [held for _, held in found]
 
     def visit(
         feed: Callable[[int, Chunk], None], wanted: Mapping[int, Ranges], size: Grain
@@ -265,7 +270,8 @@ def _walks(
                 for _, chunk in held.slice(a, b).chunks(size, limit):
                     feed(t, chunk)
 
-    return resolve_model(kernels, spec, [j.tensor for j in jobs], visit)
+    walks = resolve_model(kernels, spec, [j.tensor for j in jobs], visit)
+    return walks, [j.operands for j in jobs]
 
 
 def _refuse_nonfinite(job: _Job, coded_as: DType | None = None) -> NoReturn:

@@ -357,13 +357,13 @@ def methods(kernels: Kernels) -> None:
             base, experts = None, [base, *experts[:1]] if spec.base_is_operand else experts
         given = {p.name: 0.3 for p in spec.params if p.name in ("t", "weight", "density")}
         params = keyword_params(spec, len(experts), base is not None, given)
-        if spec.scope_for(params) is Scope.MODEL:
-            continue
         n = math.prod(shape)
         context = TensorContext("w", shape, len(experts), base is not None, 0, n, None)
+        if spec.scope_for(params, context) in (Scope.MODEL, Scope.MATRIX):
+            continue
         held = replace(held, base=base, experts=experts)
         walks_of = [
-            resolve(each, spec, params, context, held)
+            resolve(each, spec, params, context, held)[0]
             for each in (kernels, ops.choose("cpu", "cpu"))
         ]
         assert str(walks_of[0]) == str(walks_of[1]), name

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_matrices
 import torch
 from oracle_cases import (
     DELTA_METHODS,
@@ -157,7 +158,7 @@ def keep_masks(experts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def test_every_method_is_covered() -> None:
-    tested = {m for m, _, _ in RECIPES} | {"passthrough"}
+    tested = {m for m, _, _ in RECIPES} | {"passthrough"} | {m for m, _ in test_matrices.RULES}
     builtin = {n for n, s in methods().items() if s.recipe.__module__.startswith("fastmerge.")}
     assert builtin == tested
 

@@ -17,7 +17,8 @@ import pytest
 import quant_vectors
 import torch
 from quant_vectors import Vector
-from vector_claims import Case, claim_of, read_cases, tensor, unclaimed_reason
+from vector_cases import Case, read_cases, tensor
+from vector_claims import claim_of, unclaimed_reason
 from vector_runners import BackendRunner, OracleRunner, Runner
 
 from fastmerge import _cpu

@@ -148,7 +148,7 @@ class BackendRunner:
             DType.F64,
         )
         kernels = ops.choose("cpu", self.name)
-        walk = resolve(kernels, get(method), resolved, context, operands)
+        walk, operands = resolve(kernels, get(method), resolved, context, operands)
         assert isinstance(walk, Walk)
         return walk
 

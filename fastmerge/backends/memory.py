@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.backends import Buffer
-from fastmerge.dtypes import DType
+from fastmerge.dtypes import BY_TORCH, DType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,13 @@ def tensor_of(buffer: Buffer) -> Tensor:
     first = buffer.address - owner.data_ptr()
     run: Tensor = held[first : first + buffer.n * buffer.dtype.itemsize]
     return run.view(dtype)
+
+
+def buffer_of(tensor: Tensor) -> Buffer:
+    """Return a contiguous tensor's memory; the buffer keeps it."""
+    held = tensor.detach().contiguous().reshape(-1)
+    dtype = BY_TORCH[str(held.dtype).removeprefix("torch.")]
+    return Buffer(held.data_ptr(), dtype, held.numel(), held, str(held.device))
 
 
 def empty(n: int, dtype: DType, device: str) -> Buffer:

@@ -27,7 +27,7 @@ _PARAMS = (
 )
 
 
-def _scope(params: Params) -> Scope:
+def _scope(params: Params, context: TensorContext) -> Scope:
     matches_norm = params.rescale and params.rescale_mode != "inverse_keep"
     return Scope.TENSOR if matches_norm else Scope.ELEMENT
 

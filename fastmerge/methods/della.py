@@ -75,7 +75,7 @@ def probability_range(params: Params) -> tuple[list[float], list[float]]:
     return low, high
 
 
-def _scope(params: Params) -> Scope:
+def _scope(params: Params, context: TensorContext) -> Scope:
     return Scope.WHOLE if params.rank_by == "tensor" else Scope.TENSOR
 
 

@@ -75,7 +75,7 @@ _RULES = (
 )
 
 
-def _scope(params: Params) -> Scope:
+def _scope(params: Params, context: TensorContext) -> Scope:
     over_model = params.scope == "model" or params.zero_sign == "global_majority"
     return Scope.MODEL if over_model else Scope.TENSOR
 
@@ -110,7 +110,7 @@ def ties(params: Params, context: TensorContext) -> Recipe:
     factor: F64 = np.ones(n_experts)
     if params.rescale:
         factor = yield from norm_factors(
-            keep, params.density, "l1", params.scope, always=_scope(params) is Scope.MODEL
+            keep, params.density, "l1", params.scope, always=_scope(params, context) is Scope.MODEL
         )
     coefficient = per_expert(np.asarray(params.weight, np.float64) * factor)
     elect = yield from _election(params, keep, coefficient)
@@ -120,7 +120,7 @@ def ties(params: Params, context: TensorContext) -> Recipe:
 def _trim(params: Params, context: TensorContext) -> Generator[Statistic, Any, Trim | None]:
     over_model = params.scope == "model"
     # Recipes of a merge of model scope must ask alike for all tensors.
-    if _scope(params) is Scope.TENSOR and all(density >= 1 for density in params.density):
+    if _scope(params, context) is Scope.TENSOR and all(density >= 1 for density in params.density):
         return None
     n = context.n_model if over_model else context.n
     ranks = [[_kept_count(density, n, params.count_rule)] for density in params.density]

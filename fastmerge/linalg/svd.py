@@ -1,0 +1,108 @@
+"""Singular value decompositions: all singular values, and as many triples as are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from fastmerge.linalg.gram import gram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Route = Literal["auto", "lapack", "gram"]
+
+#: Distance from 1 to the next number, by bytes of an element.
+EPS = {4: 2.0**-23, 8: 2.0**-52}
+
+
+class SVD(NamedTuple):
+    """a ~ u diag(s) vh. u: [m, k]; s: [k], descending; vh: [k, n]."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    def product(self) -> Tensor:
+        """Return u diag(s) vh."""
+        return (self.u * self.s) @ self.vh
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A decomposed matrix. s: [min(m, n)] float64, all singular values, descending."""
+
+    s: Tensor
+    _a: Tensor
+    _left: Tensor | None  # left singular vectors, where the right ones are made from them
+    _whole: SVD | None
+
+    def top(self, k: int | None = None) -> SVD:
+        """Return the k largest triples, at most all, in the type of the matrix."""
+        k = len(self.s) if k is None else min(k, len(self.s))
+        if self._whole is not None:
+            return SVD(self._whole.u[:, :k], self._whole.s[:k], self._whole.vh[:k])
+        assert self._left is not None
+        if len(self._a) > len(self._left):  # decomposed from the other side
+            u, s, vh = replace_matrix(self, self._a.mT).top(k)
+            return SVD(vh.mT, s, u.mT)
+        u, s = self._left[:, :k].to(self._a.dtype), self.s[:k].to(self._a.dtype)
+        return SVD(u, s, (u.mT @ self._a) * _inverse(s)[:, None])
+
+    def rank(self, floor: float | None = None) -> int:
+        """Return how many singular values are above a share of the largest; default: max(m, n) eps of
+        the type: what is below is rounding of the matrix itself."""
+        if not len(self.s):
+            return 0
+        if floor is None:
+            floor = max(self._a.shape) * EPS[self._a.element_size()]
+        return int((self.s > floor * self.s[0]).sum())
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return u diag(function(s)) vh over the numerical rank; the rest of the matrix is left out."""
+        rank = self.rank()
+        values = function(self.s)[:rank]
+        if self._whole is not None:
+            u, _, vh = self.top(rank)
+            return (u * values.to(u.dtype)) @ vh
+        assert self._left is not None
+        u = self._left[:, :rank]
+        root = ((u * (values * _inverse(self.s[:rank]))) @ u.mT).to(self._a.dtype)
+        return root @ self._a if len(self._a) == len(root) else self._a @ root
+
+
+def replace_matrix(spectrum: Spectrum, a: Tensor) -> Spectrum:
+    """Return the decomposition of the transposed matrix."""
+    return Spectrum(spectrum.s, a, spectrum._left, None)
+
+
+def spectrum(a: Tensor, *, route: Route = "auto") -> Spectrum:
+    """Decompose a matrix.
+
+    Args:
+        a: [m, n] float32 or float64.
+        route: lapack: a full decomposition (gesdd). gram: eigenvectors of the short side's Gram matrix in
+            float64; the other side's are made from them, orthogonal to about eps64 (s_1 / s_i)^2: to what
+            float32 holds down to the numerical rank of a float32 matrix. Half as dear where a is square,
+            less where it is not. auto: gram for float32, lapack for float64.
+    """
+    import torch
+
+    if route == "auto":
+        route = "gram" if a.element_size() == 4 else "lapack"
+    if route == "lapack" or 0 in a.shape:
+        whole = SVD(*torch.linalg.svd(a, full_matrices=False))
+        return Spectrum(whole.s.double(), a, None, whole)
+    values, vectors = torch.linalg.eigh(gram(a if len(a) <= a.shape[1] else a.mT))
+    return Spectrum(values.flip(0).clamp_min(0).sqrt(), a, vectors.flip(1), None)
+
+
+def svd(a: Tensor, rank: int | None = None, *, route: Route = "auto") -> SVD:
+    """Return the thin SVD of a matrix, or its `rank` largest triples; see `spectrum`."""
+    return spectrum(a, route=route).top(rank)
+
+
+def _inverse(s: Tensor) -> Tensor:
+    """Return 1 / s, 0 for 0."""
+    return (s > 0) / s.masked_fill(s == 0, 1)

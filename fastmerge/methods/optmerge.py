@@ -1,0 +1,117 @@
+"""OptMerge ("WUDI v2"): as WUDI, over each expert's leading singular triples, by gradient descent with
+momentum: a linear iteration, of which the result is computed and not iterated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastmerge.linalg import spectrum
+from fastmerge.linalg.quadratic import filtered, heavy_ball
+from fastmerge.methods.matrices import (
+    LAMBDA,
+    POLICY,
+    WEIGHT,
+    added,
+    matrix_cost,
+    mean_oracle,
+    mean_walk,
+    on_base,
+    scope_of,
+    shape_of,
+)
+from fastmerge.registry import Param, Params, Recipe, TensorContext, method
+from fastmerge.stages import Add, Deltas, Matrices
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    "optmerge",
+    title="OptMerge",
+    summary="as WUDI over leading singular triples, from the average, in closed form",
+    paper="arXiv:2505.19892",
+    base="required",
+    params=(
+        WEIGHT,
+        LAMBDA,
+        Param("steps", 300.0, "of gradient descent; inf: the minimum", low=0.0),
+        Param("lr", 1e-4, "learning rate", low=0.0),
+        Param("momentum", 0.9, "of the descent, without dampening", low=0.0, high=1.0),
+        *POLICY,
+    ),
+    scope=scope_of,
+    cost=lambda params, context: matrix_cost(
+        params, context, blocks=7.0, flops=14.0 * len(params.weight) + 20.0
+    ),
+)
+def optmerge(params: Params, context: TensorContext) -> Recipe:
+    """out = base + lambda * X, X after `steps` on sum_k ||(X - Y_k) Z_k^T||_F^2 / ||D_k||_F^2 from
+    mean_k D_k.
+
+    D_k = weight_k * delta_k, Y_k = U S V^T of its int(r / K) leading singular triples, Z_k = S V^T.
+    """
+    import torch
+
+    shape = shape_of(params, context)
+    if shape is None:
+        return mean_walk(params)
+    deltas: Deltas = yield Matrices(shape)
+    n_experts = len(deltas)
+    rank = int(min(shape) / n_experts)
+    start, u, v, cubes, squares = None, [], [], [], []
+    for k, factor in enumerate(params.weight):
+        delta = deltas[k] * factor
+        found = spectrum(delta)
+        triples = found.top(min(rank, found.rank()))
+        share = 1 / (float((found.s**2).sum()) or 1.0)
+        s = triples.s.double()
+        u.append(triples.u)
+        v.append(triples.vh)
+        squares.append(share * s**2)
+        cubes.append(share * s**3)
+        start = delta.div_(n_experts) if start is None else start.add_(delta, alpha=1 / n_experts)
+    assert start is not None
+    # C = W W^T with W = V diag(s sqrt(share)): its eigenvectors are W's left singular vectors.
+    rows = torch.cat(v)
+    whole = spectrum(rows * torch.cat(squares).sqrt().to(rows.dtype)[:, None])
+    kept = whole.rank()
+    d = (torch.cat(u, 1) * torch.cat(cubes).to(rows.dtype)) @ rows
+    vectors = whole.top(kept).vh.mT
+    along = heavy_ball(params.lr, params.momentum, params.steps)
+    return Add(filtered(start, d, whole.s[:kept] ** 2, vectors, along), params.lambda_)
+
+
+@optmerge.oracle
+def optmerge_oracle(
+    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
+) -> Tensor:
+    """The authors' loop in float64, its gradient written out."""
+    import torch
+
+    shape = shape_of(params, context)
+    if shape is None:
+        return mean_oracle(base, experts, params)
+    deltas = [w * (e - base).reshape(shape) for w, e in zip(params.weight, experts, strict=True)]
+    rank = int(min(shape) / len(deltas))
+    targets, metrics = [], []
+    for delta in deltas:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        norm = float((delta * delta).sum()) or 1.0
+        targets.append((u[:, :rank] * s[:rank]) @ vh[:rank])
+        rows = s[:rank, None] * vh[:rank]
+        metrics.append(rows.mT @ rows / norm)
+    x = added(deltas) / len(deltas)
+    if math.isinf(params.steps):
+        c = added(metrics)
+        d = added(y @ z for y, z in zip(targets, metrics, strict=True))
+        x = x + (d - x @ c) @ torch.linalg.pinv(c, rtol=1e-12, hermitian=True)
+        return on_base(base, x, params)
+    velocity = torch.zeros_like(x)
+    for _ in range(int(params.steps)):
+        gradient = added(2 * (x - y) @ z for y, z in zip(targets, metrics, strict=True))
+        velocity = params.momentum * velocity + gradient
+        x = x - params.lr * velocity
+    return on_base(base, x, params)
