@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastmerge import ops as ops
     from fastmerge.api import merge as merge
     from fastmerge.api import plan as plan
+    from fastmerge.coded_tensors import LoraTensor as LoraTensor
     from fastmerge.coded_tensors import QuantTensor as QuantTensor
     from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
     from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
@@ -38,6 +39,7 @@ _HOMES = {
     "merge_to_4bit": ("fastmerge.tensors", "merge_to_4bit"),
     "quantize_4bit": ("fastmerge.coded_tensors", "quantize_4bit"),
     "dequantize_4bit": ("fastmerge.coded_tensors", "dequantize_4bit"),
+    "LoraTensor": ("fastmerge.coded_tensors", "LoraTensor"),
     "QuantTensor": ("fastmerge.coded_tensors", "QuantTensor"),
     "plan": ("fastmerge.api", "plan"),
     "MergeError": ("fastmerge.errors", "MergeError"),
@@ -45,6 +47,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LoraTensor",
     "MergeError",
     "QuantTensor",
     "dequantize_4bit",

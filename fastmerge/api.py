@@ -17,6 +17,7 @@ from fastmerge.budget import DEVICE_SHARE, Target, default_memory, target_of
 from fastmerge.card import Quantisation, hub_id, model_card
 from fastmerge.cards import card_of
 from fastmerge.checkpoint import HEAD, OutputFolder, companion_files, merged_config, parse_size
+from fastmerge.checkpoint.files import read_json_object
 from fastmerge.checkpoint.gguf import read_gguf
 from fastmerge.dtypes import DType
 from fastmerge.engine import Engine, Progress, Report, head_differs
@@ -31,7 +32,7 @@ from fastmerge.provenance import MANIFEST, binding, manifest
 from fastmerge.quant.gguf import find_gguf, is_gguf
 from fastmerge.quant.gguf_tokenizer import tokenizer_files
 from fastmerge.quant.quantize import Quantize
-from fastmerge.recipe import Recipe, load_recipe
+from fastmerge.recipe import Recipe, Source, appended, load_recipe
 from fastmerge.registry import methods
 from fastmerge.streaming import gpus
 from fastmerge.streaming.device import Device, TorchDevice
@@ -41,7 +42,7 @@ from fastmerge.streaming.trace import Trace, write_chrome_trace
 from fastmerge.tensors import merge_state_dicts, merge_tensors
 from fastmerge.workers import Assignment, Workers, clock_origin, merge_shared
 
-RecipeLike = str | Path | Mapping[str, Any] | Recipe
+RecipeLike = str | Path | Mapping[str, Any] | Recipe | Source
 
 
 def _recipe(recipe: RecipeLike, strict: bool) -> Recipe:
@@ -97,6 +98,20 @@ def plan(
     )
 
 
+def _appended(recipe: RecipeLike, previous: Path) -> Source:
+    """Return the recipe with an earlier merge as its first model."""
+    if isinstance(recipe, Recipe | Source):
+        raise RecipeError("append needs the recipe as it is written: a file, a text or a mapping")
+    path = previous / MANIFEST
+    known = read_json_object(path, strict=True).get("joined")
+    if not isinstance(known, dict) or not {"merged_experts", "merged_lambda"} <= set(known):
+        raise RecipeError(
+            f"{previous} is no merge that can be gone on with: {MANIFEST} does not say what it holds; "
+            "append to one that opcm made"
+        )
+    return appended(recipe, str(previous), known)
+
+
 def _divided(size: int | str | None, n: int) -> int | None:
     return None if size is None else parse_size(str(size)) // n
 
@@ -132,6 +147,7 @@ def merge(
     recipe: RecipeLike,
     out: str | Path,
     *,
+    append: str | Path | None = None,
     backend: str | Kernels | None = None,
     force: bool = False,
     resume: bool = False,
@@ -165,6 +181,8 @@ def merge(
     Args:
         recipe, out_shard_size, max_memory, allow_missing, strict, max_vram, max_pinned, quantize: see
             `plan`.
+        append: folder of an earlier merge by a method that takes experts one after the other (opcm): the
+            recipe's models are added to it. What it costs does not depend on how many it holds.
         backend: force one backend, by name or its kernels; default: the best that can run.
         device: "cpu"; "cuda" or "cuda:1"; "auto", a GPU if one can be used; "cuda:0,cuda:1" or "cuda:all",
             several, each with a process of its own; or a `streaming.Device`.
@@ -186,6 +204,8 @@ def merge(
         MergeError: anything the caller can mend, in one line.
     """
     check_nan_policy(nan_policy)
+    if append is not None:
+        recipe = _appended(recipe, Path(append))
     if quantize is not None and nan_policy != "error":
         raise RecipeError("nan_policy propagate has no codes to carry NaN; merge without quantize")
     if "://" in str(out):
@@ -220,6 +240,10 @@ def merge(
         quantize=quantize,
     )
     decided.raise_conflicts()
+    if workers and any(decided.joins(job) for job in decided.jobs):
+        raise RecipeError(
+            f"{decided.spec.name} has every tensor wait for all others; merge in one process, on one device"
+        )
     watch.add("planning", time.perf_counter() - started)
     from fastmerge import _cpu
 
@@ -278,7 +302,7 @@ def merge(
             texts, copies = _companions(
                 decided, report, folder, Path(out), copy_tokenizer, write_model_card
             )
-            texts[MANIFEST] = manifest(decided, bound, folder)
+            texts[MANIFEST] = manifest(decided, bound, folder, report.joined)
             folder.commit(texts, copies)
     first, last = (Stage(name, watch.seconds[name]) for name in ("planning", "finishing"))
     report.stages = [first, *report.stages, last]

@@ -29,7 +29,7 @@ from fastmerge.jobs import (
     work_items,
 )
 from fastmerge.registry import Scope
-from fastmerge.stages import Axis, Matrices, Moments, OrderStatistic, RankedDrop, Statistic
+from fastmerge.stages import Axis, Joined, Matrices, Moments, OrderStatistic, RankedDrop, Statistic
 from fastmerge.streaming.ring import ALIGNMENT, BLOCK, DIRECT_LEAST, READ_AHEAD
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _first_statistic(plan: Plan, job: TensorJob) -> Statistic | None:
     recipe = plan.spec.recipe(job.params, job.context(plan.seed, plan.n_model))
     request = next(recipe, None)
     recipe.close()
-    assert not isinstance(request, Matrices)
+    assert not isinstance(request, Matrices | Joined)
     return request
 
 

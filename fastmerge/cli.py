@@ -152,6 +152,12 @@ def _accept_no_ops(function: F) -> F:
 @click.argument("out", type=click.Path())
 @_planning_options
 @_quantising_options
+@click.option(
+    "--append",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="MERGED",
+    help="Add CONFIG's models to a merge that opcm made, at the cost of one expert each.",
+)
 @click.option("--backend", metavar="NAME", help="Force a backend; see `fastmerge backends`.")
 @click.option("--force", is_flag=True, help="Replace the model in a non-empty OUT.")
 @click.option("--resume", is_flag=True, help="Finish the killed merge in OUT.")

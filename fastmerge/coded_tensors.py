@@ -155,21 +155,85 @@ def _buffer(part: ops.Tensor, dtype: DType) -> Buffer:
     return Buffer(part.data_ptr(), dtype, part.numel(), part, str(part.device))
 
 
+@dataclass(frozen=True, eq=False)
+class LoraTensor:
+    """weight + scale * (B A): what a LoRA adapter makes of a weight, without computing it.
+
+    weight: [..., cols] float16, bfloat16 or float32; b: [rows, r], a: [r, cols], of one such type; on one
+    device, contiguous. In a merge the sum is made in float32 where it is read; methods that decompose deltas
+    use the factors where the weight is the base's.
+
+    Raises:
+        ConflictError: shapes, types or devices that do not go together.
+    """
+
+    weight: ops.Tensor
+    b: ops.Tensor
+    a: ops.Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        rows, cols = matrix_of(self.shape)
+        rank = self.a.shape[0] if len(self.a.shape) == 2 else 0
+        if tuple(self.a.shape) != (rank, cols) or tuple(self.b.shape) != (rows, rank):
+            raise ConflictError(
+                f"LoRA factors of a weight {list(self.shape)} must be b [{rows}, r] and a [r, {cols}], got "
+                f"{list(self.b.shape)} and {list(self.a.shape)}"
+            )
+        slots = self._slots
+        wide = [s for s, buffer in slots.items() if buffer.dtype is DType.F64]
+        if wide or slots["low_a"].dtype is not slots["low_b"].dtype:
+            raise ConflictError(
+                "weight and factors of a LoRA must be float16, bfloat16 or float32, both factors alike; "
+                f"got {', '.join(b.dtype.torch for b in slots.values())}"
+            )
+        ops.one_device(list(slots.values()), ["weight", "b", "a"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def _slots(self) -> dict[str, Buffer]:
+        parts = {"codes": self.weight, "low_b": self.b, "low_a": self.a}
+        return {slot: ops.buffer_of(part, slot) for slot, part in parts.items()}
+
+    def operand(self) -> Coded:
+        """Return what kernels read."""
+        slots = self._slots
+        coding = Coding(Format.DENSE, slots["codes"].dtype)
+        n = slots["codes"].n
+        return Coded(coding, *matrix_of(self.shape), 0, 0, n, slots, low_scale=self.scale)
+
+
 # ---- what merges see ----------------------------------------------------------------------------
 
-
-def operand_of(tensor: ops.Tensor | QuantTensor, what: str) -> Buffer | Coded:
-    """Describe a dense or coded tensor's memory; see `ops.buffer_of`."""
-    return tensor.operand() if isinstance(tensor, QuantTensor) else ops.buffer_of(tensor, what)
+#: What may be merged in memory.
+AnyTensor = ops.Tensor | QuantTensor | LoraTensor
 
 
-def empty_dense(like: ops.Tensor | QuantTensor, dtype: DType) -> ops.Tensor:
+def operand_of(tensor: AnyTensor, what: str) -> Buffer | Coded:
+    """Describe a tensor's memory; see `ops.buffer_of`."""
+    coded = isinstance(tensor, QuantTensor | LoraTensor)
+    return tensor.operand() if coded else ops.buffer_of(tensor, what)
+
+
+def dense_type(tensor: AnyTensor, operand: Buffer | Coded) -> DType:
+    """Return the type of a dense copy."""
+    if isinstance(tensor, QuantTensor):
+        return tensor.dtype
+    return operand.coding.dtype if isinstance(operand, Coded) else operand.dtype
+
+
+def empty_dense(like: AnyTensor, dtype: DType) -> ops.Tensor:
     """Return uninitialised memory of `like`'s kind, device and shape."""
     return _empty(like, tuple(like.shape), dtype)
 
 
-def _empty(like: ops.Tensor | QuantTensor, shape: tuple[int, ...], dtype: DType) -> ops.Tensor:
+def _empty(like: AnyTensor, shape: tuple[int, ...], dtype: DType) -> ops.Tensor:
     """Return uninitialised memory of `like`'s kind and device."""
+    if isinstance(like, LoraTensor):
+        like = like.weight
     like = like.parts["codes"] if isinstance(like, QuantTensor) else like
     if _is_numpy(like):
         return np.empty(shape, _IN_NUMPY.get(dtype, dtype.torch))

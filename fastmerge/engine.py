@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
+from typing import Any
 
 from fastmerge import packed
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels, Residual
@@ -25,6 +26,7 @@ from fastmerge.checkpoint import EMBEDDINGS, HEAD
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError
 from fastmerge.evaluate import (
+    JoinedRecipes,
     ModelTensor,
     Operands,
     Ranges,
@@ -47,7 +49,7 @@ from fastmerge.jobs import (
 from fastmerge.planner import Plan
 from fastmerge.registry import Scope
 from fastmerge.results import Output, Results, is_done
-from fastmerge.stages import Copy, Grain, Matrices, Statistic, Walk, grain
+from fastmerge.stages import Copy, Grain, Joined, Matrices, Statistic, Walk, grain
 from fastmerge.streaming.device import Device, Memory
 from fastmerge.streaming.ring import WRITING_THREADS, Run
 from fastmerge.streaming.route import Disks, Route, Sizes, device_route, host_route
@@ -65,7 +67,8 @@ class Report:
 
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
     io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
-    that was to be recorded. residuals: what coding cost each tensor that this run coded all of.
+    that was to be recorded. residuals: what coding cost each tensor that this run coded all of. joined: what
+    the tensors of a method that joins them told each other.
     """
 
     n_tensors: int = 0
@@ -80,6 +83,7 @@ class Report:
     spans: list[Span] = field(default_factory=list)
     residuals: dict[str, Residual] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    joined: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Engine:
         self.trace = trace or Trace(recording=False)
         self.watch = Stopwatch(self.trace)
         self.walks: dict[str, Walk | Copy] = dict(walks or {})
+        self.recipes: JoinedRecipes | None = None
         self.device, self._disks = device, disks
         self.peaks: dict[str, float] = {}  # largest magnitudes, of tensors that are coded by them
         self._passed = 0  # bytes that need no reading
@@ -223,6 +228,8 @@ class Engine:
         over_model = [j for j in jobs if self._scope(j) is Scope.MODEL]
         if any(j.name not in self.walks and self._left(j) for j in over_model):
             self._resolve_model()
+        if any(self.plan.joins(job) for job in jobs):
+            self._join()
         self._find_peaks()
         self.results.write_constants(self.jobs)
         items = work_items(jobs, self.plan.streamed, self.plan.item_bytes)
@@ -364,10 +371,26 @@ class Engine:
                 check = partial(_refuse, part.piece, next(bad))
             self.results.merged(part.piece, result, check)
 
+    def _join(self) -> None:
+        """Run the recipes of all tensors to where they wait for each other."""
+        spare = 0 if self.device else max(0, self.plan.max_memory - self.plan.peak_memory)
+        recipes = JoinedRecipes(self.kernels, self.plan.spec, self.chunk_elements, spare)
+        jobs = [j for j in self.plan.jobs if self.plan.joins(j)]
+        for item, operands in self._sweep(work_items(jobs, frozenset(), self.plan.item_bytes)):
+            for piece, held in zip(item.pieces, operands, strict=True):
+                assert piece.n == piece.job.n and piece.job.params is not None
+                context = piece.job.context(self.plan.seed, self.plan.n_model)
+                with self.watch.time("matrices"):
+                    recipes.begin(piece.job.params, context, held)
+        recipes.join()
+        self.recipes, self.report.joined = recipes, recipes.answer
+
     def _resolve_here(self, job: TensorJob, operands: Operands) -> tuple[Walk | Copy, Operands]:
         assert job.params is not None
         context = job.context(self.plan.seed, self.plan.n_model)
         with self.watch.time("matrices" if job.scope is Scope.MATRIX else "statistics"):
+            if self.recipes and self.plan.joins(job):
+                return self.recipes.end(job.params, context, operands)
             return resolve(
                 self.kernels, self.plan.spec, job.params, context, operands, self.chunk_elements
             )
@@ -433,7 +456,7 @@ class Engine:
             except StopIteration as stop:
                 self.walks[job.name] = stop.value
                 break
-            assert not isinstance(request, Matrices)  # such tensors are never streamed
+            assert not isinstance(request, Matrices | Joined)  # such tensors are never streamed
             answer = self._stream_statistic(job, request)
 
     def _stream_statistic(self, job: TensorJob, request: Statistic) -> object:

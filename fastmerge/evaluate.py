@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmerge.backends import CHUNK_ELEMENTS, Buffer, Chunk, Coded, Kernels
-from fastmerge.backends.memory import buffer_of, bytes_of, copy_bytes, empty, to_host
+from fastmerge.backends.memory import (
+    buffer_of,
+    bytes_of,
+    copy_bytes,
+    empty,
+    same_bytes,
+    tensor_of,
+    to_host,
+)
 from fastmerge.backends.through_dense import decoded
-from fastmerge.coding import Coding
+from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType
 from fastmerge.errors import BackendError, RecipeError
 from fastmerge.registry import MethodSpec, Params, TensorContext
@@ -30,11 +38,13 @@ from fastmerge.stages import (
     Cut,
     GivenMask,
     Grain,
+    Joined,
     Keep,
     Matrices,
     MomentResult,
     Moments,
     OrderStatistic,
+    Outcome,
     SignBalance,
     Statistic,
     Walk,
@@ -149,22 +159,99 @@ def resolve(
         The walk, and what it is to be run over: the operands, or the base and what a method of scope MATRIX
         has computed to be added to it.
     """
+    try:
+        next(_outcome(kernels, spec, params, context, operands, limit))
+    except StopIteration as stop:
+        return _walk_of(stop.value, operands)
+    raise RecipeError(f"{spec.name} waits for other tensors but does not say that it joins them")
+
+
+def _outcome(
+    kernels: Kernels,
+    spec: MethodSpec,
+    params: Params,
+    context: TensorContext,
+    operands: Operands,
+    limit: int,
+) -> Generator[Joined, Any, Outcome]:
+    """Run a recipe; yield only what it asks of other tensors."""
     recipe = spec.recipe(params, context)
     answer: Any = None
     while True:
         try:
             request = recipe.send(answer)
         except StopIteration as stop:
-            if isinstance(stop.value, Add):
-                return _adding(stop.value.values, stop.value.scale, operands)
-            walk: Walk | Copy = stop.value
-            return walk, operands
+            outcome: Outcome = stop.value
+            return outcome
         except _NotFinite as stop:  # so is all that would be computed from it
-            return _adding(stop.delta.fill_(math.nan), 1.0, operands)
-        if isinstance(request, Matrices):
+            return Add(stop.delta.fill_(math.nan))
+        if isinstance(request, Joined):
+            answer = yield request
+        elif isinstance(request, Matrices):
             answer = _Deltas(kernels, operands, request.shape, limit)
         else:
             answer = sweep_statistic(kernels, request, operands, limit)
+
+
+@dataclass
+class JoinedRecipes:
+    """The recipes of a model whose tensors wait for each other: `begin` all, `join`, then `end` each.
+
+    spare: bytes that recipes may hold while they wait; those beyond run twice.
+    """
+
+    kernels: Kernels
+    spec: MethodSpec
+    limit: int
+    spare: float
+    answer: Mapping[str, Any] | None = None
+    _values: dict[str, Joined] = field(default_factory=dict)
+    _waiting: dict[str, Generator[Joined, Any, Outcome]] = field(default_factory=dict)
+
+    def begin(self, params: Params, context: TensorContext, operands: Operands) -> None:
+        """Run one tensor's recipe to where it waits for the others."""
+        run = self._run(params, context, operands)
+        try:
+            self._values[context.name] = next(run)
+        except StopIteration:  # it holds NaN, and has nothing to say to the others
+            return
+        held = operands.compute.itemsize * context.n
+        if held <= self.spare:
+            self.spare -= held
+            self._waiting[context.name] = run
+        else:
+            run.close()
+
+    def join(self) -> None:
+        """Compute what all wait for."""
+        values = [self._values[name] for name in sorted(self._values)]
+        self.answer = values[0].join([v.value for v in values]) if values else None
+
+    def end(
+        self, params: Params, context: TensorContext, operands: Operands
+    ) -> tuple[Walk | Copy, Operands]:
+        """As `resolve`."""
+        run = self._waiting.pop(context.name, None)
+        try:
+            if run is None:
+                run = self._run(params, context, operands)
+                next(run)
+            run.send(self.answer)
+        except StopIteration as stop:
+            return _walk_of(stop.value, operands)
+        raise RecipeError(f"{self.spec.name} joins more than once")
+
+    def _run(
+        self, params: Params, context: TensorContext, operands: Operands
+    ) -> Generator[Joined, Any, Outcome]:
+        return _outcome(self.kernels, self.spec, params, context, operands, self.limit)
+
+
+def _walk_of(outcome: Outcome, operands: Operands) -> tuple[Walk | Copy, Operands]:
+    """Return the walk of what a recipe returned, and what it is to be run over."""
+    if isinstance(outcome, Add):
+        return _adding(outcome.values, outcome.scale, operands)
+    return outcome, operands
 
 
 class _NotFinite(Exception):
@@ -204,6 +291,21 @@ class _Deltas:
         if bad:
             raise _NotFinite(delta)
         return delta
+
+    def factors(self, k: int) -> tuple[Tensor, Tensor] | None:
+        import torch
+
+        base, expert = self.operands.base, self.operands.experts[k]
+        if not (isinstance(expert, Coded) and "low_a" in expert.slots and isinstance(base, Buffer)):
+            return None
+        whole = expert.coding.format is Format.DENSE and expert.coding.rotary == 0
+        codes = expert.slots["codes"]
+        if not whole or codes.dtype is not base.dtype or not same_bytes(codes, base):
+            return None
+        compute = getattr(torch, self.operands.compute.torch)
+        b, a = (tensor_of(expert.slots[s]).to(compute) for s in ("low_b", "low_a"))
+        rows, cols = expert.rows, expert.cols
+        return b.reshape(rows, -1) * expert.low_scale, a.reshape(-1, cols)
 
 
 def _adding(values: Tensor, scale: float, operands: Operands) -> tuple[Walk, Operands]:
@@ -395,7 +497,7 @@ def resolve_model(
             if walks[t] is None:
                 try:
                     request = recipe.send(answers[t])
-                    assert not isinstance(request, Matrices)  # nothing does both
+                    assert not isinstance(request, Matrices | Joined)  # nothing does both
                     requests[t] = request
                 except StopIteration as stop:
                     walks[t] = stop.value

@@ -109,10 +109,16 @@ class Plan:
     def extra_passes(self, job: TensorJob) -> int:
         """Reads of a job's operands before its walk, as planned: on the host a rank cut takes two (a bracket
         that misses costs more), other statistics one; a device keeps a cut's candidates of one pass."""
-        passes = 0
+        passes = int(self.joins(job))
         if job.scope is Scope.MODEL or job.name in self.streamed:
-            passes = 1 if self.device else 3
+            passes += 1 if self.device else 3
         return passes + self.finds_peak_apart(job)
+
+    def joins(self, job: TensorJob) -> bool:
+        """Return whether a job waits for what others have to say."""
+        if job.scope is not Scope.MATRIX or self.spec.joins is None:
+            return False
+        return job.params is not None and self.spec.joins(job.params)
 
     def finds_peak_apart(self, job: TensorJob) -> bool:
         """Return whether a result's largest magnitude takes a reading of its own: all that share a scale are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,16 @@ def binding(plan: Plan, nan_policy: str, shard_bytes: int) -> dict[str, Any]:
     }
 
 
-def manifest(plan: Plan, bound: dict[str, Any], folder: OutputFolder) -> bytes:
+def manifest(
+    plan: Plan,
+    bound: dict[str, Any],
+    folder: OutputFolder,
+    joined: Mapping[str, Any] | None = None,
+) -> bytes:
     """Return the manifest's text: each tensor's checksum, and what the merge was made from.
 
     Paths of this machine are left out but those of the recipe and, to find relative ones again, the
-    recipe's folder as seen from the output.
+    recipe's folder as seen from the output. joined: what a method's tensors told each other.
     """
     assert plan.layout is not None
     sums = folder.checksums()
@@ -83,6 +89,7 @@ def manifest(plan: Plan, bound: dict[str, Any], folder: OutputFolder) -> bytes:
         ),
         "options": _published(bound["options"], folder.path),
         "inputs": inputs,
+        **({"joined": joined} if joined else {}),
         "tensors": tensors,
     }
     return (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()

@@ -175,6 +175,7 @@ class MethodSpec:
               error, copy_single (the only one present is copied) or copy_base.
     scope:    Scope, or a function of the resolved parameters and the tensor.
     cost:     of a tensor, for methods of scope MATRIX.
+    joins:    whether tensors of scope MATRIX wait for each other: their recipes yield `stages.Joined`.
     presets:  name -> parameter values, selected by the parameter `preset`.
     """
 
@@ -191,6 +192,7 @@ class MethodSpec:
     on_few: Literal["error", "copy_single", "copy_base"] = "error"
     scope: Scope | Callable[[Params, TensorContext], Scope] = Scope.ELEMENT
     cost: Callable[[Params, TensorContext], Cost] | None = None
+    joins: Callable[[Params], bool] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def scope_for(self, params: Params, context: TensorContext) -> Scope:

@@ -21,7 +21,7 @@ and return what is to be added to the base (`Add`).
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -282,14 +282,33 @@ class Deltas(Protocol):
     """[rows, cols] torch tensors in the compute type, where the operands are. Each is computed when it
     is asked for, and not kept: a method holds as many at once as it needs."""
 
+    @property
+    def shape(self) -> tuple[int, int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, k: int) -> Tensor:
         """Return expert_k - base."""
         ...
 
+    def factors(self, k: int) -> tuple[Tensor, Tensor] | None:
+        """Return B [rows, r] and A [r, cols] with expert_k - base = B A, of an adapter; else None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Yield to get `join` of the values that all merged tensors of the model yield, in order of their names.
+
+    For methods that say `joins`, and as the last thing that a recipe asks for: its operands are gone when it
+    is answered. What it holds meanwhile should be no more than what it will add. The answer is plain data; it
+    goes to the manifest.
+    """
+
+    value: Any
+    join: Callable[[Sequence[Any]], Mapping[str, Any]]
+
 
 Statistic = OrderStatistic | Moments | Gram | SignBalance
-Request = Statistic | Matrices
+Request = Statistic | Matrices | Joined
 
 
 # ---- what a chunk must hold ----------------------------------------------------------------------

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastmerge import ops
 from fastmerge.backends import Chunk, Kernels
 from fastmerge.coded_tensors import (
+    AnyTensor,
     QuantTensor,
     code,
     coding_of,
+    dense_type,
     empty_dense,
     operand_of,
     parsed,
@@ -21,6 +23,7 @@ from fastmerge.coded_tensors import (
 from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError
 from fastmerge.evaluate import (
+    JoinedRecipes,
     ModelTensor,
     Operands,
     Ranges,
@@ -36,7 +39,10 @@ from fastmerge.stages import Copy, GivenMask, Grain, Walk
 if TYPE_CHECKING:
     import torch
 
-Tensor = ops.Tensor | QuantTensor
+Tensor = AnyTensor
+
+#: What recipes may hold while they wait for each other: all operands are in memory, too.
+WAITING_BYTES = math.inf
 
 
 def _spec_operands(
@@ -71,7 +77,7 @@ def merge_tensors(
 
     Args:
         base: [...] float16, bfloat16, float32 or float64 torch tensor or numpy array, or None where
-            the method allows it; or a `QuantTensor`, which is decoded in registers.
+            the method allows it; or a `QuantTensor`, which is decoded in registers, or a `LoraTensor`.
         experts: n_experts tensors of base's shape, on its device; any mix of types, coded ones among them;
             strided ones are copied.
             Tensors on a GPU are merged there, on torch's current stream.
@@ -238,7 +244,7 @@ def _prepared(
                 "merge the tensors of each device on their own"
             )
         device = buffers[0].device
-        dtype = like.dtype if isinstance(like, QuantTensor) else buffers[0].dtype
+        dtype = dense_type(like, buffers[0])
         origin = buffers.pop(0) if delta_base is not None else None
         tensor = ModelTensor(resolved, context, cols, compute)
         jobs.append(_Job(key, tensor, Operands(origin, buffers, cols, compute), like, dtype))
@@ -257,6 +263,13 @@ def _walks(
     limit: int,
 ) -> tuple[list[Walk | Copy], list[Operands]]:
     """Return each job's walk, and what it is to be run over."""
+    if spec.joins is not None and spec.joins(params):
+        recipes = JoinedRecipes(kernels, spec, limit, WAITING_BYTES)
+        for job in jobs:
+            recipes.begin(params, job.tensor.context, job.operands)
+        recipes.join()
+        found = [recipes.end(params, job.tensor.context, job.operands) for job in jobs]
+        return [walk for walk, _ in found], [held for _, held in found]
     if all(spec.scope_for(params, j.tensor.context) is not Scope.MODEL for j in jobs):
         found = [resolve(kernels, spec, params, j.tensor.context, j.operands, limit) for j in jobs]
         return [walk for walk, _ in found], [held for _, held in found]

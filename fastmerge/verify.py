@@ -39,6 +39,7 @@ from fastmerge.quant.gguf import find_gguf, is_gguf
 from fastmerge.quant.gguf_names import AUXILIARY, DENSE_TYPES
 from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import load_recipe
+from fastmerge.registry import Scope
 
 _COMPARE_BYTES = 8 << 20
 _READERS = 4  # tensors that are read and hashed at once; both let go of the interpreter
@@ -191,7 +192,12 @@ def _again(model: Checkpoint, manifest: Mapping[str, Any], sample: int, seed: in
     if changed:
         row.note = f"skipped: {changed}"
         return row
-    names = sorted(j.name for j in plan.jobs if j.action is not Action.COPY_EQUAL and j.n)
+    names = sorted(
+        j.name
+        for j in plan.jobs
+        # What is decomposed depends on the linear algebra library, to the last bit.
+        if j.action is not Action.COPY_EQUAL and j.n and j.scope is not Scope.MATRIX
+    )
     chosen = random.Random(seed).sample(names, min(sample, len(names)))
     row.extent = f"{len(chosen)} of {len(names)} tensors"
     assert plan.layout is not None

@@ -46,6 +46,7 @@ def oracle(
     *,
     masks: Sequence[Tensor] | None = None,
     seed: int = 0,
+    name: str = "tensor",
     **params: Any,
 ) -> Tensor:
     spec = get(method)
@@ -57,7 +58,7 @@ def oracle(
     given = None if masks is None else GivenMask(masks)
     shape = tuple(inputs[0].shape)
     n = inputs[0].numel()
-    context = TensorContext("tensor", shape, len(inputs), origin is not None, seed, n, given)
+    context = TensorContext(name, shape, len(inputs), origin is not None, seed, n, given)
     result: Tensor = spec.oracle(origin, inputs, resolved, context)
     return result
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vector_cases import Case, Checks
 
 from fastmerge.linalg import svd
+from fastmerge.methods.knots import aligned_factors
 from fastmerge.methods.star import kept_rank
 from fastmerge.methods.svc import calibrated
 from fastmerge.methods.tsv import orthogonal_triples
@@ -203,6 +204,88 @@ def swudi(case: Case) -> Checks:
     }
 
 
+def adarank(case: Case) -> Checks:
+    base, deltas = case.inputs["W0"], case.inputs["deltas"]
+    masks = list(case.inputs["mask_logit"])
+    rule = {"weight": case.params["prior"]}
+    return {
+        "merged": lambda run: run.merge(
+            "adarank", base, [base + d for d in deltas], masks=masks, **rule
+        )
+    }
+
+
+def opcm(case: Case) -> Checks:
+    """Each step is the merge of so many experts, and of the step before with one more."""
+    base = {"W": case.inputs["W0"], "b": case.inputs["b0"]}
+    experts = [
+        {"W": base["W"] + w, "b": base["b"] + b}
+        for w, b in zip(case.inputs["delta_W"], case.inputs["delta_b"], strict=True)
+    ]
+    steps = case.expected["steps"]
+    rule = {"alpha": case.params["alpha"]}
+
+    def each(run: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for k in range(2, 2 + len(steps)):
+            merged = run.merge("opcm", base, experts[:k], **rule)
+            if found:
+                before = {"merged_experts": k - 1, "merged_lambda": steps[k - 3]["lambda_t"]}
+                again = run.merge("opcm", base, [found[-1], experts[k - 1]], **before, **rule)
+                for name, value in merged.items():
+                    torch.testing.assert_close(again[name], value)
+            moved = {n: x - base[n] for n, x in merged.items()}
+            # The bias is no matrix: its deltas are summed as they are, then divided.
+            divided = sum(e["b"] - base["b"] for e in experts[:k]).norm() / moved["b"].norm()
+            whole = torch.cat([x.flatten() for x in moved.values()]).norm()
+            found.append({**merged, "lambda_t": divided, "avg_norm": whole})
+        return found
+
+    return {"steps": each}
+
+
+def knots(case: Case) -> Checks:
+    layers = (0, 1)
+    factors = {
+        n: list(zip(case.inputs[f"lora_B_layer{n}"], case.inputs[f"lora_A_layer{n}"], strict=True))
+        for n in layers
+    }
+    deltas = {n: [b @ a for b, a in factors[n]] for n in layers}
+    base = {f"{n}.w": torch.zeros_like(deltas[n][0]) for n in layers}
+    experts = [{f"{n}.w": deltas[n][k] for n in layers} for k in range(3)]
+    rule = {
+        "density": case.params["topK_percent"] / 100,
+        "lambda": case.params["scaling"],
+        "scope": "model",
+        "least_singular_value": case.params["eps"],
+    }
+
+    def merged(n: int) -> Any:
+        def check(run: Any) -> Tensor:
+            found: Tensor = run.merge("knots", base, experts, **rule)[f"{n}.w"]
+            return found
+
+        return check
+
+    def values(n: int) -> Tensor:
+        s = torch.linalg.svdvals(torch.cat(deltas[n], 1))
+        return s[s > case.params["eps"]]
+
+    def projector(run: Any) -> Tensor:
+        basis, aligned = aligned_factors(factors[0], case.params["eps"])
+        for (b, a), z in zip(factors[0], aligned, strict=True):
+            torch.testing.assert_close(basis @ z, b @ a)
+        return basis @ basis.mT
+
+    return {
+        "merged_layer0": merged(0),
+        "merged_layer1": merged(1),
+        "S_layer0": lambda run: values(0),
+        "S_layer1": lambda run: values(1),
+        "projector_layer0": projector,
+    }
+
+
 SPECTRAL: dict[tuple[str, str], Callable[[Case], Checks]] = {
     ("tsvm", "tsvm_*"): tsv_m,
     ("tsvm", "tsvc"): tsv_c,
@@ -212,6 +295,9 @@ SPECTRAL: dict[tuple[str, str], Callable[[Case], Checks]] = {
     ("spectral_misc", "twin_svd"): twin,
     ("spectral_misc", "subspace_boost"): subspace_boosting,
     ("spectral_misc", "lore"): lore,
+    ("spectral_misc", "adarank_recombine"): adarank,
+    ("opcm", "*"): opcm,
+    ("knots", "*"): knots,
     ("wudi", "wudi_adam"): wudi,
     ("wudi", "optmerge_sgd"): optmerge,
     ("wudi", "swudi_aswudi"): swudi,

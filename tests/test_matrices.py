@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("wudi", {"solver": "exact"}),
     ("wudi", {"solver": "swudi"}),
     ("wudi", {"solver": "aswudi"}),
+    ("adarank", {}),
+    ("adarank", {"rank_fraction": 0.4, "weight": [0.5, 1.0, 2.0], "lambda": 0.7}),
+    ("opcm", {}),
+    ("opcm", {"alpha": 0.8, "lambda": 1.5}),
+    ("opcm", {"merged_experts": 2, "merged_lambda": 1.3}),
+    ("knots", {}),
+    ("knots", {"density": 0.6, "weight": [0.5, 1.0, 2.0], "merge_func": "dis-sum"}),
+    ("knots", {"density": 0.5, "scope": "model", "merge_func": "mean"}),
     ("optmerge", {}),
     ("optmerge", {"lr": 0.01, "steps": 50.0}),
 ]
@@ -168,7 +177,7 @@ def test_star_keeps_the_nuclear_norm() -> None:
     assert float(found.sum()) == pytest.approx(float(torch.linalg.svdvals(delta).sum()), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "opcm"])
 def test_order_of_experts_does_not_matter(method: str) -> None:
     deltas = [decaying(k, (33, 65)) for k in range(3)]
     params = {"mu": 0.2} if method == "lore" else {}
@@ -179,14 +188,15 @@ def test_order_of_experts_does_not_matter(method: str) -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wudi", "optmerge", "lore")])
 def test_scaled_deltas_give_a_scaled_result(method: str) -> None:
     deltas = [decaying(k, (33, 65)) for k in range(3)]
-    a = merged_delta(method, deltas)
+    params = {"least_singular_value": 0.0} if method == "knots" else {}
+    a = merged_delta(method, deltas, **params)
     for c in (1e4, 1e-6):
-        assert apart(merged_delta(method, [c * d for d in deltas]), c * a) < 1e-8
+        assert apart(merged_delta(method, [c * d for d in deltas], **params), c * a) < 1e-8
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "wudi"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wudi", "knots")])
 def test_rotated_deltas_give_a_rotated_result(method: str) -> None:
-    """Adam goes coordinate by coordinate; all others know no axes."""
+    """Adam goes coordinate by coordinate, as KnOTS' election does; all others know no axes."""
     deltas = [decaying(k, (33, 65)) for k in range(3)]
     p, q = (torch.linalg.qr(decaying(7 + n, (n, n), 0.1)).Q for n in (33, 65))
     params = {"mu": 0.2} if method == "lore" else {}
@@ -298,3 +308,122 @@ def test_files_merge_as_tensors_do(method: str, tmp_path: Path) -> None:
     want = fastmerge.merge_state_dicts(states[0], states[1:4], method=method)
     for name, tensor in want.items():
         assert families.same_bits(states[4][name], tensor), name
+
+
+def test_opcm_goes_on_from_a_merge(tmp_path: Path) -> None:
+    """Three experts at once, or one added to the merge of two: which is rounded to its type between."""
+    shapes = {"a.weight": (48, 32), "a.bias": (48,), "lm_head.weight": (50, 32)}
+    families.write_family(tmp_path, shapes, torch.float32)
+
+    def recipe(name: str, experts: list[int]) -> Path:
+        lines = ["merge_method: opcm", "base_model: ./base", "models:"]
+        lines += [f"- model: ./e{k}" for k in experts]
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    fastmerge.merge(recipe("all.yaml", [1, 2, 3]), tmp_path / "whole")
+    fastmerge.merge(recipe("two.yaml", [1, 2]), tmp_path / "two")
+    fastmerge.merge(recipe("more.yaml", [3]), tmp_path / "three", append=tmp_path / "two")
+    states = {n: families.load(tmp_path / n) for n in ("base", "e1", "e2", "e3", "whole", "three")}
+    experts = [states[f"e{k}"] for k in (1, 2, 3)]
+    want = fastmerge.merge_state_dicts(states["base"], experts, method="opcm")
+    for name, tensor in want.items():
+        assert families.same_bits(states["whole"][name], tensor), name
+        torch.testing.assert_close(states["three"][name], tensor, rtol=1e-5, atol=1e-6)
+    known = json.loads((tmp_path / "three" / "fastmerge_manifest.json").read_text())["joined"]
+    assert known["merged_experts"] == 3
+    with pytest.raises(RecipeError, match="no merge that can be gone on with"):
+        fastmerge.merge(recipe("ties.yaml", [3]), tmp_path / "x", append=_linear(tmp_path))
+
+
+def _linear(tmp_path: Path) -> Path:
+    lines = ["merge_method: linear", "models:", "- model: ./e1", "parameters: {weight: 1.0}"]
+    (tmp_path / "l.yaml").write_text("\n".join(lines) + "\n")
+    fastmerge.merge(tmp_path / "l.yaml", tmp_path / "linear")
+    return tmp_path / "linear"
+
+
+def test_a_merge_that_joins_is_the_same_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipes that may not wait in memory run twice."""
+    base, experts = operands((40, 30))
+    states = [{"a.weight": x, "b.weight": 2 * x} for x in (base, *experts)]
+    want = fastmerge.merge_state_dicts(states[0], states[1:], method="opcm")
+    monkeypatch.setattr("fastmerge.tensors.WAITING_BYTES", 0)
+    again = fastmerge.merge_state_dicts(states[0], states[1:], method="opcm")
+    for name, tensor in want.items():
+        assert families.same_bits(again[name], tensor), name
+
+
+# ---- adapters, masks, fused projections ----------------------------------------------------------
+
+
+def lora(seed: int, shape: tuple[int, int], rank: int, like: Tensor) -> fastmerge.LoraTensor:
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(shape[0], rank, generator=generator) / 8
+    a = torch.randn(rank, shape[1], generator=generator) / 8
+    return fastmerge.LoraTensor(like, b, a, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 96)], ids=str)
+@pytest.mark.parametrize("method", ["knots", "tsv_m", "iso_c", "linear", "ties"])
+def test_adapters_merge_as_what_they_make(method: str, shape: tuple[int, int]) -> None:
+    base = torch.zeros(shape)
+    adapters = [lora(k, shape, 4 + k, base) for k in range(3)]
+    dense = [base + 0.5 * t.b @ t.a for t in adapters]
+    params: dict[str, Any] = {"weight": 0.5} if method in ("linear", "ties") else {}
+    got = fastmerge.merge_tensors(base, adapters, method=method, **params)
+    assert apart(got, fastmerge.merge_tensors(base, dense, method=method, **params)) < 1e-4
+
+
+def test_knots_of_adapters_forms_no_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    adapters = [lora(k, (64, 48), 4, base) for k in range(3)]
+    want = fastmerge.merge_tensors(base, adapters, method="knots", density=0.7)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a delta was formed")
+
+    monkeypatch.setattr("fastmerge.evaluate._Deltas.__getitem__", fail)
+    again = fastmerge.merge_tensors(base, adapters, method="knots", density=0.7)
+    assert torch.equal(again, want)
+    elsewhere = [lora(k, (64, 48), 4, base + 1) for k in range(3)]
+    with pytest.raises(AssertionError, match="a delta was formed"):
+        fastmerge.merge_tensors(base, elsewhere, method="knots")
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    weight = torch.zeros(8, 6)
+    with pytest.raises(fastmerge.MergeError, match=r"b \[8, r\] and a \[r, 6\]"):
+        fastmerge.LoraTensor(weight, torch.zeros(8, 2), torch.zeros(3, 6))
+    with pytest.raises(fastmerge.MergeError, match="both factors alike"):
+        fastmerge.LoraTensor(weight, torch.zeros(8, 2), torch.zeros(2, 6).half())
+
+
+def test_adarank_keeps_what_the_masks_say() -> None:
+    base, experts = operands((24, 16), 2)
+    masks = [torch.arange(16) % 2 * 2.0 - 1, torch.ones(16)]
+    got = fastmerge.merge_tensors(base, experts, method="adarank", masks=masks, weight=1.0)
+    u, s, vh = torch.linalg.svd(experts[0] - base, full_matrices=False)
+    want = base + (u[:, 1::2] * s[1::2]) @ vh[1::2] + (experts[1] - base)
+    assert apart(got, want) < 1e-12
+    with pytest.raises(RecipeError, match=r"masks\[0\] of 'tensor' has 5 values for 16"):
+        fastmerge.merge_tensors(base, experts, method="adarank", masks=[torch.ones(5)] * 2)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "wudi", "knots", "lore"])
+def test_fused_projections_are_one_matrix_or_one_each(method: str) -> None:
+    base, experts = operands((48, 16), 2)
+    name = "blocks.0.attn.qkv.weight"
+    whole = fastmerge.merge_tensors(base, experts, method=method, name=name)
+    split = fastmerge.merge_tensors(base, experts, method=method, name=name, fused="split")
+    parts = [
+        fastmerge.merge_tensors(b, list(e), method=method)
+        for b, *e in zip(base.chunk(3), *(x.chunk(3) for x in experts), strict=True)
+    ]
+    assert apart(split, torch.cat(parts)) < 1e-12
+    assert apart(split, whole) > 1e-6 or method == "lore"
+    want = oracle(method, base, experts, name=name, fused="split")
+    assert apart(split, want) < 1e-9

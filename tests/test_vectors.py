@@ -80,6 +80,11 @@ def _check(key: str, got: Any, want: Any, tolerance: float) -> None:
         for name in want:
             _check(f"{key}[{name}]", got[name], want[name], tolerance)
         return
+    if isinstance(want, list):
+        assert len(got) == len(want), f"{key}: {len(got)} entries"
+        for k, (one, other) in enumerate(zip(got, want, strict=True)):
+            _check(f"{key}[{k}]", one, other, tolerance)
+        return
     if want is None:
         assert got is None, f"{key}: expected none, got {got}"
         return

@@ -12,7 +12,7 @@ import fastmerge
 from fastmerge import ops
 from fastmerge.dtypes import DType
 from fastmerge.evaluate import Operands, resolve
-from fastmerge.methods import della, sce, ties
+from fastmerge.methods import della, knots, opcm, sce, ties
 from fastmerge.recipe import keyword_params
 from fastmerge.registry import Params, TensorContext, get
 from fastmerge.stages import GivenMask, RankedDrop, Walk
@@ -62,6 +62,15 @@ class OracleRunner:
         self, method: str, base: dict[str, Tensor], experts: Sequence[State], params: Any
     ) -> dict[str, Tensor]:
         """Tensor by tensor, or for model scope over all tensors as one vector in order of name."""
+        if method in ("opcm", "knots"):
+            first = next(iter(base.values()))
+            resolved, _ = prepared(method, first, [first] * len(experts), params)
+            if method == "knots":
+                model = [[e[n] - t for e in experts] for n, t in base.items()]
+                moved = knots.model_oracle(model, resolved)
+                return {n: t + d for (n, t), d in zip(base.items(), moved, strict=True)}
+            contexts = [TensorContext(n, tuple(t.shape), len(experts)) for n, t in base.items()]
+            return opcm.model_oracle(base, experts, resolved, contexts)
         if params.get("scope", "model") != "model":
             each = {
                 n: self.merge(method, t, [e[n] for e in experts], **params) for n, t in base.items()

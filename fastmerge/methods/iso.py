@@ -10,31 +10,26 @@ from fastmerge.linalg import EPS, SVD, polar, spectrum
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
-    POLICY,
     WEIGHT,
+    Flops,
     added,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
+    matrix_method,
     polar_oracle,
-    scope_of,
-    shape_of,
     sum_of,
+    weighted_sum,
 )
-from fastmerge.registry import Cost, Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(
+@matrix_method(
     "iso_c",
     title="Iso-C",
     summary="sums the deltas and gives the sum equal singular values",
     paper="arXiv:2502.04959",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
@@ -46,48 +41,36 @@ if TYPE_CHECKING:
             choices=("side", "rank"),
         ),
         MODE,
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=lambda params, context: matrix_cost(params, context, blocks=6.0, flops=30.0),
+    blocks=6.0,
+    flops=Flops(once=30.0),
 )
-def iso_c(params: Params, context: TensorContext) -> Recipe:
+def iso_c(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * mean(s) * Q(A), A = sum_k weight_k * delta_k; s are A's singular values.
 
     Q is the polar factor and mean(s) = <Q, A> / r, so that no singular value is ever computed.
     """
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
     total = sum_of(deltas, params.weight)
     stable = params.mode == "stable"
     found = polar(total, floor=None if stable else 0.0, route="auto" if stable else "svd")
     mass = float((found.q.double() * total.double()).sum())
-    divisor = min(shape) if params.iso_divisor == "side" else max(1, found.rank)
+    divisor = min(total.shape) if params.iso_divisor == "side" else max(1, found.rank)
     return Add(found.q, params.lambda_ * mass / divisor)
 
 
 @iso_c.oracle
-def iso_c_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def iso_c_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The published steps in float64."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    total = added(w * (e - base) for w, e in zip(params.weight, experts, strict=True)).reshape(
-        shape
-    )
+    total = weighted_sum(deltas, params.weight)
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     rank = len(s)
     if params.mode == "stable":
-        rank = int((s > max(shape) * EPS[4] * s[0]).sum())
+        rank = int((s > max(total.shape) * EPS[4] * s[0]).sum())
     divisor = len(s) if params.iso_divisor == "side" else max(1, rank)
-    merged = s[:rank].sum() / divisor * (u[:, :rank] @ vh[:rank])
-    return on_base(base, merged, params)
+    merged: Tensor = s[:rank].sum() / divisor * (u[:, :rank] @ vh[:rank])
+    return merged * float(params.lambda_)
 
 
 # ---- Iso-CTS -------------------------------------------------------------------------------------
@@ -99,17 +82,11 @@ def common_and_own(fraction: float, r: int, n_experts: int) -> tuple[int, int]:
     return r - own, own // n_experts
 
 
-def _cost_cts(params: Params, context: TensorContext) -> Cost:
-    experts = len(params.weight)
-    return matrix_cost(params, context, blocks=10.0, flops=14.0 * (experts + 1) + 34.0)
-
-
-@method(
+@matrix_method(
     "iso_cts",
     title="Iso-CTS",
     summary="as Iso-C, with directions of each expert in place of the sum's least ones",
     paper="arXiv:2502.04959",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
@@ -121,12 +98,11 @@ def _cost_cts(params: Params, context: TensorContext) -> Cost:
             high=1.0,
         ),
         MODE,
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=_cost_cts,
+    blocks=10.0,
+    flops=Flops(each=14.0, once=48.0),
 )
-def iso_cts(params: Params, context: TensorContext) -> Recipe:
+def iso_cts(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * sigma * Q(U) Q(V)^T.
 
     U, V: the leading k_common singular vectors of A = sum_k weight_k * delta_k, and the leading k_task
@@ -134,10 +110,7 @@ def iso_cts(params: Params, context: TensorContext) -> Recipe:
     """
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
+    shape = deltas.shape
     k_common, k_task = common_and_own(params.common_space_fraction, min(shape), len(deltas))
     stable = params.mode == "stable"
 
@@ -163,17 +136,13 @@ def iso_cts(params: Params, context: TensorContext) -> Recipe:
 
 
 @iso_cts.oracle
-def iso_cts_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def iso_cts_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The published steps in float64."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    deltas = [w * (e - base).reshape(shape) for w, e in zip(params.weight, experts, strict=True)]
-    k_common, k_task = common_and_own(params.common_space_fraction, min(shape), len(experts))
+    shape = deltas[0].shape
+    scaled = [w * d for w, d in zip(params.weight, deltas, strict=True)]
+    k_common, k_task = common_and_own(params.common_space_fraction, min(shape), len(deltas))
 
     def leading(a: Tensor, k: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(a, full_matrices=False)
@@ -181,10 +150,10 @@ def iso_cts_oracle(
             k = min(k, int((s > max(shape) * EPS[4] * size).sum()))
         return u[:, :k], s[:k], vh[:k]
 
-    total = added(deltas)
+    total = added(scaled)
     u_c, s_c, v_c = leading(total, k_common, total.norm())
     us, ss, vs = [], [], []
-    for delta in deltas:
+    for delta in scaled:
         u, s, v = leading(delta - u_c @ u_c.mT @ delta, k_task, delta.norm())
         us.append(u)
         ss.append(s)
@@ -195,6 +164,6 @@ def iso_cts_oracle(
         polar_oracle(torch.cat([*us, u_c], 1), stable),
         polar_oracle(torch.cat([*vs, v_c]), stable),
     )
-    sigma = torch.cat([*ss, s_c]).sum() / max(1, k_common + k_task * len(experts))
+    sigma = torch.cat([*ss, s_c]).sum() / max(1, k_common + k_task * len(deltas))
     merged = sigma * q_u @ q_v
-    return on_base(base, merged, params)
+    return merged * float(params.lambda_)

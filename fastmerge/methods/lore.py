@@ -8,55 +8,42 @@ from typing import TYPE_CHECKING
 from fastmerge.linalg import spectrum
 from fastmerge.methods.matrices import (
     LAMBDA,
-    POLICY,
     WEIGHT,
     added,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
-    scope_of,
-    shape_of,
+    matrix_method,
+    spectral_oracle,
+    weighted_sum,
 )
-from fastmerge.registry import Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(
+@matrix_method(
     "lore",
     title="LoRE-Merging",
     summary="estimates a common base and low-rank deltas by turns, then adds the deltas' average",
     paper="arXiv:2502.10749",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
         Param("mu", 0.01, "threshold that singular values are shrunk by", low=0.0),
         Param("sweeps", 20, "of the descent by turns", kind=int, low=0),
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=lambda params, context: matrix_cost(
-        params,
-        context,
-        blocks=2.0 * len(params.weight) + 4.0,
-        flops=16.0 * len(params.weight) * params.sweeps,
+    blocks=lambda n_experts: 2.0 * n_experts + 4.0,
+    flops=lambda params, shape: (
+        16.0 * len(params.weight) * params.sweeps * shape[0] * shape[1] * min(shape)
     ),
 )
-def lore(params: Params, context: TensorContext) -> Recipe:
+def lore(params: Params, deltas: Deltas) -> Add:
     """out = theta + lambda * mean_k(weight_k * d_k), theta and d_k by turns from d_k = 0:
 
     theta = mean_k(expert_k - d_k); d_k = the experts' distances from theta, singular values shrunk by mu.
     The base only says what is small: the result does not depend on it.
     """
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    found: Deltas = yield Matrices(shape)
-    experts = [found[k] for k in range(len(found))]
+    experts = [deltas[k] for k in range(len(deltas))]
     mean = experts[0].clone()
     for e in experts[1:]:
         mean.add_(e)
@@ -76,22 +63,13 @@ def lore(params: Params, context: TensorContext) -> Recipe:
 
 
 @lore.oracle
-def lore_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
-    """The descent in float64, over whole experts."""
+def lore_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
+    """The descent in float64: whose origin does not matter, so that the deltas are whole experts."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    whole = [e.reshape(shape) for e in experts]
-    own = [torch.zeros(shape, dtype=torch.float64) for _ in whole]
-    theta = added(whole) / len(whole)
+    own = [torch.zeros_like(d) for d in deltas]
+    theta = added(deltas) / len(deltas)
     for _ in range(params.sweeps):
-        theta = added(e - d for e, d in zip(whole, own, strict=True)) / len(whole)
-        for k, e in enumerate(whole):
-            u, s, vh = torch.linalg.svd(e - theta, full_matrices=False)
-            own[k] = (u * (s - params.mu).clamp_min(0)) @ vh
-    mean = added(w * d for w, d in zip(params.weight, own, strict=True)) / len(own)
-    return on_base(theta, mean, params).reshape(base.shape)
+        theta = added(e - d for e, d in zip(deltas, own, strict=True)) / len(deltas)
+        own = [spectral_oracle(e - theta, lambda s: (s - params.mu).clamp_min(0)) for e in deltas]
+    return theta + weighted_sum(own, params.weight) * float(params.lambda_ / len(own))

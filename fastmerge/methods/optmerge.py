@@ -11,43 +11,34 @@ from fastmerge.linalg import spectrum
 from fastmerge.linalg.quadratic import filtered, heavy_ball
 from fastmerge.methods.matrices import (
     LAMBDA,
-    POLICY,
     WEIGHT,
+    Flops,
     added,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
-    scope_of,
-    shape_of,
+    matrix_method,
 )
-from fastmerge.registry import Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(
+@matrix_method(
     "optmerge",
     title="OptMerge",
     summary="as WUDI over leading singular triples, from the average, in closed form",
     paper="arXiv:2505.19892",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
         Param("steps", 300.0, "of gradient descent; inf: the minimum", low=0.0),
         Param("lr", 1e-4, "learning rate", low=0.0),
         Param("momentum", 0.9, "of the descent, without dampening", low=0.0, high=1.0),
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=lambda params, context: matrix_cost(
-        params, context, blocks=7.0, flops=14.0 * len(params.weight) + 20.0
-    ),
+    blocks=7.0,
+    flops=Flops(each=14.0, once=20.0),
 )
-def optmerge(params: Params, context: TensorContext) -> Recipe:
+def optmerge(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * X, X after `steps` on sum_k ||(X - Y_k) Z_k^T||_F^2 / ||D_k||_F^2 from
     mean_k D_k.
 
@@ -55,12 +46,8 @@ def optmerge(params: Params, context: TensorContext) -> Recipe:
     """
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
     n_experts = len(deltas)
-    rank = int(min(shape) / n_experts)
+    rank = int(min(deltas.shape) / n_experts)
     start, u, v, cubes, squares = None, [], [], [], []
     for k, factor in enumerate(params.weight):
         delta = deltas[k] * factor
@@ -85,17 +72,12 @@ def optmerge(params: Params, context: TensorContext) -> Recipe:
 
 
 @optmerge.oracle
-def optmerge_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def optmerge_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The authors' loop in float64, its gradient written out."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    deltas = [w * (e - base).reshape(shape) for w, e in zip(params.weight, experts, strict=True)]
-    rank = int(min(shape) / len(deltas))
+    deltas = [w * d for w, d in zip(params.weight, deltas, strict=True)]
+    rank = int(min(deltas[0].shape) / len(deltas))
     targets, metrics = [], []
     for delta in deltas:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -103,15 +85,15 @@ def optmerge_oracle(
         targets.append((u[:, :rank] * s[:rank]) @ vh[:rank])
         rows = s[:rank, None] * vh[:rank]
         metrics.append(rows.mT @ rows / norm)
-    x = added(deltas) / len(deltas)
+    x: Tensor = added(deltas) / len(deltas)
     if math.isinf(params.steps):
         c = added(metrics)
         d = added(y @ z for y, z in zip(targets, metrics, strict=True))
         x = x + (d - x @ c) @ torch.linalg.pinv(c, rtol=1e-12, hermitian=True)
-        return on_base(base, x, params)
+        return x * float(params.lambda_)
     velocity = torch.zeros_like(x)
     for _ in range(int(params.steps)):
         gradient = added(2 * (x - y) @ z for y, z in zip(targets, metrics, strict=True))
         velocity = params.momentum * velocity + gradient
         x = x - params.lr * velocity
-    return on_base(base, x, params)
+    return x * float(params.lambda_)

@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING
 from fastmerge.linalg import spectrum
 from fastmerge.methods.matrices import (
     LAMBDA,
-    POLICY,
     WEIGHT,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
-    scope_of,
-    shape_of,
+    Flops,
+    matrix_method,
 )
-from fastmerge.registry import Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,29 +29,21 @@ def kept_rank(s: Tensor, eta: float) -> int:
     return min(int(torch.searchsorted(running, target)) + 1, len(s))
 
 
-@method(
+@matrix_method(
     "star",
     title="STAR",
     summary="cuts each expert's delta to its leading singular triples and restores its nuclear norm",
     paper="arXiv:2502.10339",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
         Param("eta", 40.0, "per cent of the nuclear norm that is kept", low=0.0, high=100.0),
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=lambda params, context: matrix_cost(
-        params, context, blocks=5.0, flops=14.0 * len(params.weight)
-    ),
+    blocks=5.0,
+    flops=Flops(each=14.0),
 )
-def star(params: Params, context: TensorContext) -> Recipe:
+def star(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * mean_k(weight_k * U_r diag(s_r * sum(s) / sum(s_r)) V_r^T), of each delta."""
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
     total = None
     for k, weight in enumerate(params.weight):
         found = spectrum(deltas[k])
@@ -71,23 +58,18 @@ def star(params: Params, context: TensorContext) -> Recipe:
 
 
 @star.oracle
-def star_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def star_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The authors' steps in float64."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    merged = torch.zeros(shape, dtype=torch.float64)
-    for weight, expert in zip(params.weight, experts, strict=True):
-        u, s, vh = torch.linalg.svd((expert - base).reshape(shape), full_matrices=False)
+    merged = torch.zeros_like(deltas[0])
+    for weight, delta in zip(params.weight, deltas, strict=True):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         if not s[0]:
             continue
         rank = next(
             (i for i in range(1, len(s)) if s[:i].sum() >= s.sum() * params.eta / 100), len(s)
         )
         scaled = s[:rank] * (s.sum() / s[:rank].sum())
-        merged += weight * (u[:, :rank] * scaled) @ vh[:rank] / len(experts)
-    return on_base(base, merged, params)
+        merged += weight * (u[:, :rank] * scaled) @ vh[:rank] / len(deltas)
+    return merged * float(params.lambda_)

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING
 from fastmerge.linalg import EPS, svd
 from fastmerge.methods.matrices import (
     LAMBDA,
-    POLICY,
     WEIGHT,
-    added,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
-    scope_of,
-    shape_of,
+    Flops,
+    matrix_method,
     sum_of,
+    weighted_sum,
 )
-from fastmerge.registry import Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,53 +43,39 @@ def _least(shape: Sequence[int], s: Tensor) -> float:
     return max((max(shape) * EPS[4] * float(s[0])) ** 2, 1e-300) if len(s) else 1.0
 
 
-@method(
+@matrix_method(
     "svc",
     title="SVC",
     summary="sums the deltas and scales each direction of the sum to what the experts have along it",
     paper="arXiv:2602.05536",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
         Param("alpha", 0.1, "least of what an expert says that a direction has too much", low=1e-6),
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=lambda params, context: matrix_cost(
-        params, context, blocks=6.0, flops=16.0 + 2.0 * len(params.weight)
-    ),
+    blocks=6.0,
+    flops=Flops(each=2.0, once=16.0),
 )
-def svc(params: Params, context: TensorContext) -> Recipe:
+def svc(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * U diag(gamma * s) V^T, of A = sum_k weight_k * delta_k; see `calibrated`."""
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
     return Add(calibrated(sum_of(deltas, params.weight), deltas, params.alpha), params.lambda_)
 
 
 @svc.oracle
-def svc_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def svc_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The rule, direction by direction, in float64."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    deltas = [(e - base).reshape(shape) for e in experts]
-    total = added(w * d for w, d in zip(params.weight, deltas, strict=True))
+    total = weighted_sum(deltas, params.weight)
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    merged = torch.zeros(shape, dtype=torch.float64)
+    merged = torch.zeros_like(total)
     for r in range(len(s)):
         own = s[r] * vh[r]
         shares = []
         for delta in deltas:
             row = u[:, r] @ delta
             shares.append(
-                max(params.alpha, float(own @ row / (row @ row).clamp_min(_least(shape, s))))
+                max(params.alpha, float(own @ row / (row @ row).clamp_min(_least(total.shape, s))))
             )
         merged += len(deltas) / sum(shares) * torch.outer(u[:, r], own)
-    return on_base(base, merged, params)
+    return merged * float(params.lambda_)

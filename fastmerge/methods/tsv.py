@@ -10,35 +10,23 @@ from fastmerge.linalg import EPS, polar, spectrum
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
-    POLICY,
     WEIGHT,
-    matrix_cost,
-    mean_oracle,
-    mean_walk,
-    on_base,
+    Flops,
+    matrix_method,
     polar_oracle,
-    scope_of,
-    shape_of,
 )
-from fastmerge.registry import Cost, Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _cost(params: Params, context: TensorContext) -> Cost:
-    experts = len(params.weight)
-    # A delta, its triples so far, both factors and what their polar factors take; the result.
-    return matrix_cost(params, context, blocks=9.0, flops=14.0 * experts + 30.0)
-
-
-@method(
+@matrix_method(
     "tsv_m",
     title="TSV-Merge",
     summary="keeps each expert's leading singular triples and makes them orthogonal to the others'",
     paper="arXiv:2412.00081",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
@@ -50,12 +38,11 @@ def _cost(params: Params, context: TensorContext) -> Cost:
             high=1.0,
         ),
         MODE,
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=_cost,
+    blocks=9.0,  # a delta, its triples, both factors and what their polar factors take, the result
+    flops=Flops(each=14.0, once=30.0),
 )
-def tsv_m(params: Params, context: TensorContext) -> Recipe:
+def tsv_m(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * Q(U) diag(s) Q(V)^T.
 
     U, s, V: the int(r / K) leading singular triples of every weight_k * delta_k, side by side; Q is the polar
@@ -63,16 +50,12 @@ def tsv_m(params: Params, context: TensorContext) -> Recipe:
     """
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
-    k = kept_rank(params, shape, len(deltas))
+    k = kept_rank(params, deltas.shape, len(deltas))
     u, s, v = orthogonal_triples(deltas, params.weight, k, params.mode == "stable")
     return Add((torch.cat(u, 1) * torch.cat(s)) @ torch.cat(v, 1).mT, params.lambda_)
 
 
-def kept_rank(params: Params, shape: tuple[int, int], n_experts: int) -> int:
+def kept_rank(params: Params, shape: Sequence[int], n_experts: int) -> int:
     """Return how many triples are kept of each expert."""
     fraction = 1 / n_experts if params.rank_fraction is None else params.rank_fraction
     return int(min(shape) * fraction)
@@ -107,21 +90,15 @@ def orthogonal_triples(
 
 
 @tsv_m.oracle
-def tsv_m_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def tsv_m_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The published steps in float64: a full decomposition of each delta and of each row of factors."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    k = kept_rank(params, shape, len(experts))
+    shape = deltas[0].shape
+    k = kept_rank(params, shape, len(deltas))
     u, s, v = [], [], []
-    for weight, expert in zip(params.weight, experts, strict=True):
-        left, values, right = torch.linalg.svd(
-            weight * (expert - base).reshape(shape), full_matrices=False
-        )
+    for weight, delta in zip(params.weight, deltas, strict=True):
+        left, values, right = torch.linalg.svd(weight * delta, full_matrices=False)
         kept = k
         if params.mode == "stable" and k:
             kept = min(k, int((values > max(shape) * EPS[4] * values[0]).sum()))
@@ -131,4 +108,4 @@ def tsv_m_oracle(
 
     q_u, q_v = (polar_oracle(torch.cat(x, 1), params.mode == "stable") for x in (u, v))
     merged = q_u @ torch.diag(torch.cat(s)) @ q_v.mT
-    return on_base(base, merged, params)
+    return merged * float(params.lambda_)

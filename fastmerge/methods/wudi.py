@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING
 from fastmerge.linalg.quadratic import adam, filtered
 from fastmerge.methods.matrices import (
     LAMBDA,
-    POLICY,
     WEIGHT,
     added,
-    mean_oracle,
-    mean_walk,
-    on_base,
-    scope_of,
-    shape_of,
+    matrix_method,
 )
-from fastmerge.registry import Cost, Param, Params, Recipe, TensorContext, method
-from fastmerge.stages import Add, Deltas, Matrices
+from fastmerge.registry import Param, Params
+from fastmerge.stages import Add, Deltas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,22 +23,17 @@ if TYPE_CHECKING:
 SMALLEST_EIGENVALUE = 1e-8
 
 
-def _cost(params: Params, context: TensorContext) -> Cost:
-    shape = shape_of(params, context)
-    if shape is None:
-        return Cost(0, 0.0)
+def _flops(params: Params, shape: tuple[int, int]) -> float:
     m, n = shape
-    experts = len(params.weight)
-    products = 4.0 * experts + 2.0 * (params.steps if params.solver == "adam" else 4)
-    return Cost(4 * 8 * m * n + 4 * 8 * n * n, products * m * n * n)
+    products = 4.0 * len(params.weight) + 2.0 * (params.steps if params.solver == "adam" else 4)
+    return products * m * n * n + 2.0 * n**3
 
 
-@method(
+@matrix_method(
     "wudi",
     title="WUDI",
     summary="finds the delta that disturbs no expert along the directions of its own delta",
     paper="arXiv:2503.08099",
-    base="required",
     params=(
         WEIGHT,
         LAMBDA,
@@ -61,21 +51,17 @@ def _cost(params: Params, context: TensorContext) -> Cost:
         Param(
             "rank_ratio", 0.65, "share of eigenvectors that swudi moves along", low=0.0, high=1.0
         ),
-        *POLICY,
     ),
-    scope=scope_of,
-    cost=_cost,
+    blocks=8.0,
+    side=1,
+    flops=_flops,
 )
-def wudi(params: Params, context: TensorContext) -> Recipe:
+def wudi(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * X, X near the minimum of sum_k ||(X - D_k) D_k^T||_F^2 / ||D_k||_F^2.
 
     D_k = weight_k * delta_k. From their sum, by Adam on the gradient 2 (X C - D), or at once: C is the sum of
     D_k^T D_k / ||D_k||^2 and D that of D_k D_k^T D_k / ||D_k||^2.
     """
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_walk(params)
-    deltas: Deltas = yield Matrices(shape)
     start, c, d = quadratic_of(deltas, params.weight, exact=params.solver != "adam")
     if params.solver == "adam":
         return Add(
@@ -132,16 +118,11 @@ def quadratic_of(
 
 
 @wudi.oracle
-def wudi_oracle(
-    base: Tensor, experts: Sequence[Tensor], params: Params, context: TensorContext
-) -> Tensor:
+def wudi_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
     """The published loop in float64, by automatic differentiation; or the pseudo-inverse."""
     import torch
 
-    shape = shape_of(params, context)
-    if shape is None:
-        return mean_oracle(base, experts, params)
-    deltas = [w * (e - base).reshape(shape) for w, e in zip(params.weight, experts, strict=True)]
+    deltas = [w * d for w, d in zip(params.weight, deltas, strict=True)]
     norms = [float((d * d).sum()) or 1.0 for d in deltas]
     total = added(deltas)
     if params.solver != "adam":
@@ -153,8 +134,8 @@ def wudi_oracle(
         for j in order[: moved_along(values[order], params)]:
             share[j] = -torch.expm1(-params.time * values[j]) if params.solver == "swudi" else 1.0
         inverse = vectors @ torch.diag(share / values) @ vectors.mT
-        merged = total + (pulled - total @ c) @ inverse
-        return on_base(base, merged, params)
+        merged: Tensor = total + (pulled - total @ c) @ inverse
+        return merged * float(params.lambda_)
     x = torch.nn.Parameter(total.clone())
     optimizer = torch.optim.Adam([x], lr=params.lr)
     for _ in range(params.steps):
@@ -162,4 +143,4 @@ def wudi_oracle(
         loss = added((((x - d) @ d.mT) ** 2).sum() / n for d, n in zip(deltas, norms, strict=True))
         torch.autograd.backward(loss)
         optimizer.step()
-    return on_base(base, x.detach(), params)
+    return x.detach() * float(params.lambda_)

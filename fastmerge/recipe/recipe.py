@@ -114,7 +114,7 @@ class Recipe:
 
 
 def load_recipe(
-    source: str | os.PathLike[str] | Mapping[Any, Any], *, strict: bool = False
+    source: str | os.PathLike[str] | Mapping[Any, Any] | Source, *, strict: bool = False
 ) -> Recipe:
     """Read and check a recipe: a YAML file's path, a YAML text (with a newline), or a mapping.
 
@@ -124,7 +124,7 @@ def load_recipe(
     Raises:
         RecipeError: one line that names the file and the place in it.
     """
-    read = read_source(source)
+    read = source if isinstance(source, Source) else read_source(source)
     with located(read.label):
         recipe = _build(read)
         if strict and recipe.warnings:
