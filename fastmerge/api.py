@@ -25,7 +25,7 @@ from fastmerge.errors import DeviceError, RecipeError
 from fastmerge.evaluate import (
     check_nan_policy,
 )
-from fastmerge.forecast import Forecast
+from fastmerge.forecast import Forecast, decomposition_rate
 from fastmerge.planner import Plan, make_plan
 from fastmerge.processes import Processes
 from fastmerge.provenance import MANIFEST, binding, manifest
@@ -170,6 +170,7 @@ def merge(
     ray: str | None = None,
     trace: str | Path | None = None,
     progress: Progress | None = None,
+    on_flops: Callable[[float], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> Report:
     """Merge the models of a recipe into the folder `out`.
@@ -199,6 +200,7 @@ def merge(
         chunk_elements: elements of one kernel call; results do not depend on it.
         trace: file to write what ran when to, in Chrome's trace format.
         progress: called with (tensor name, bytes done, bytes in all).
+        on_flops: called with the operations of the decompositions that are done, of `Plan.flops`.
         on_plan: called with the plan before work starts.
     Raises:
         MergeError: anything the caller can mend, in one line.
@@ -247,7 +249,11 @@ def merge(
     watch.add("planning", time.perf_counter() - started)
     from fastmerge import _cpu
 
-    _cpu.set_threads(threads)
+    n_threads = _cpu.set_threads(threads)
+    if decided.flops and threads:  # kernels and decompositions take turns
+        import torch
+
+        torch.set_num_threads(n_threads)
     if on_plan:
         on_plan(decided)
     assert decided.layout is not None
@@ -292,6 +298,7 @@ def merge(
                 io=how,
                 chunk_elements=chunk_elements or kernels.chunk_elements,
                 progress=progress,
+                on_flops=on_flops,
                 device=on_device,
                 trace=Trace(recording=trace is not None),
             ).run()
@@ -446,4 +453,13 @@ def _quantisation(decided: Plan, report: Report) -> Quantisation | None:
     return Quantisation(decided.quantize.format, decided.bits_per_weight, rows)
 
 
-__all__ = ["Quantize", "forecast", "merge", "merge_state_dicts", "merge_tensors", "methods", "plan"]
+__all__ = [
+    "Quantize",
+    "decomposition_rate",
+    "forecast",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "methods",
+    "plan",
+]

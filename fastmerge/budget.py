@@ -43,6 +43,9 @@ RESULT_BYTES = 4 * MIB
 #: What the process holds before any tensor: interpreter, numpy, pydantic, kernels (measured: 50 MiB).
 PROCESS_BYTES = 56 * MIB
 
+#: What torch takes beside that, where it decomposes (measured with its CPU build).
+TORCH_BYTES = 280 * MIB
+
 #: The same with torch and a device's driver. From torch's CPU build (measured: 330 MiB) and what is told of
 #: CUDA's context; not yet measured on a GPU.
 DEVICE_PROCESS_BYTES = 1200 * MIB
@@ -134,12 +137,6 @@ def _first_statistic(plan: Plan, job: TensorJob) -> Statistic | None:
     return request
 
 
-def _matrix_bytes(plan: Plan, job: TensorJob) -> int:
-    """Return what a method of scope MATRIX says that it takes for one tensor."""
-    assert job.params is not None and plan.spec.cost is not None
-    return plan.spec.cost(job.params, job.context(plan.seed, plan.n_model)).memory
-
-
 def _rounding(job: TensorJob, n: int, device: str) -> int:
     """Bound what rounding with a Hessian takes, of n elements at once."""
     rounded = job.stored is not None and job.stored.hessian is not None
@@ -154,7 +151,7 @@ def _scratch(plan: Plan, job: TensorJob) -> int:
     the walk, or rank a chunk (csrc/cpu/sweeps.hpp).
     """
     if job.scope is Scope.MATRIX:
-        return _matrix_bytes(plan, job)
+        return plan.cost(job).memory
     request = _first_statistic(plan, job)
     experts = len(job.experts)
     n = plan.n_model if job.scope is Scope.MODEL else job.n
@@ -179,7 +176,7 @@ def fit_host(plan: Plan) -> None:
     results = max((p.bytes_out + 2 * BLOCK * len(p.places) for p in largest_parts), default=0)
     plan.result_bytes = max(WRITE_BEHIND * results, RESULT_BYTES)
     most = max(len(j.operands) for j in plan.jobs)
-    budget = plan.max_memory - PROCESS_BYTES - plan.result_bytes - most * EDGE_BYTES
+    budget = plan.max_memory - plan.process_bytes - plan.result_bytes - most * EDGE_BYTES
     scratch = {
         j.name: _scratch(plan, j) + _rounding(j, min(j.n, CHUNK_ELEMENTS), "cpu") for j in plan.jobs
     }
@@ -187,8 +184,11 @@ def fit_host(plan: Plan) -> None:
     streamed = {name for name, size in whole.items() if size + scratch[name] > budget}
     plan.streamed = frozenset(streamed)
     held_scratch = max((n for name, n in scratch.items() if name not in streamed), default=0)
-    largest = max((i.memory for i in work_items(plan.jobs, plan.streamed)), default=0)
+    sizes = [i.memory for i in work_items(plan.jobs, plan.streamed)]
+    largest = max(sizes, default=0)
     ahead = READ_AHEAD * ITEM_BYTES
+    if plan.flops:  # the next matrix is read while one is decomposed
+        ahead = max(ahead, max((a + b for a, b in pairwise(sizes)), default=0) - largest)
     plan.operand_bytes = max(largest, min(budget - held_scratch, largest + ahead))
     working = plan.operand_bytes + held_scratch
     if streamed:
@@ -389,7 +389,7 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend
     """
     request = _first_statistic(plan, job)
     if job.scope is Scope.MATRIX:
-        return _matrix_bytes(plan, job)
+        return plan.cost(job).memory
     coded = _decoded(job, n, request) if backend == "triton" else 0
     return coded + _statistic_scratch(plan, job, request, n, item_bytes, backend)
 

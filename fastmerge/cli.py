@@ -206,16 +206,35 @@ def merge(config: str, out: str, quiet: bool, profile: bool, **options: Any) -> 
         if show:
             from tqdm import tqdm
 
-            bar = tqdm(total=plan.bytes_read, unit="B", unit_scale=True, dynamic_ncols=True)
+            unit = "flop" if plan.flops else "B"  # what takes the time
+            total = plan.flops or plan.bytes_read
+            bar = tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def progress(name: str, done: int, total: int) -> None:
+        if bar is None or planned is None:
+            return
+        if planned.flops:
+            read = f"{summaries.size(done)} of {summaries.size(max(total, done))}"
+            bar.set_postfix_str(f"{read} read, {name[-40:]}")
+            return
+        bar.total = max(total, done)  # a rank cut may take a pass more than planned
+        bar.set_postfix_str(name[-40:], refresh=False)
+        bar.update(done - bar.n)
+
+    def on_flops(done: float) -> None:
         if bar is not None:
-            bar.total = max(total, done)  # a rank cut may take a pass more than planned
-            bar.set_postfix_str(name[-40:], refresh=False)
             bar.update(done - bar.n)
 
     try:
-        report = api.merge(config, out, trace=trace, progress=progress, on_plan=on_plan, **options)
+        report = api.merge(
+            config,
+            out,
+            trace=trace,
+            progress=progress,
+            on_flops=on_flops,
+            on_plan=on_plan,
+            **options,
+        )
     except KeyboardInterrupt:
         click.echo(summaries.interrupted(out), err=True)
         sys.exit(130)
@@ -335,6 +354,7 @@ def plan_command(
 
     plan = api.plan(config, **options)
     time = None
+    rate = api.decomposition_rate() if plan.flops and options["device"] == "cpu" else None
     if plan.device is not None and not plan.conflicts:
         time = api.forecast(
             plan,
@@ -344,10 +364,12 @@ def plan_command(
             one_disk=one_disk,
         )
     if as_json:
-        forecast = {"forecast": time.as_dict()} if time else {}
+        forecast: dict[str, Any] = {"forecast": time.as_dict()} if time else {}
+        if rate:
+            forecast["decomposition_seconds"] = plan.flops / rate
         click.echo(json.dumps({**plan.as_dict(), **forecast}, indent=2))
     else:
-        click.echo(summaries.plan_text(plan))
+        click.echo(summaries.plan_text(plan, rate))
         if time:
             click.echo(summaries.forecast_text(time))
     if plan.conflicts:

@@ -68,7 +68,7 @@ class Report:
     bytes_kept: of the output, found written by a killed run; resumed: whether there was such a run.
     io: how the inputs were read; stages: where the time went, see `stopwatch.table`; spans: what ran when, if
     that was to be recorded. residuals: what coding cost each tensor that this run coded all of. joined: what
-    the tensors of a method that joins them told each other.
+    the tensors of a method that joins them told each other. flops: of decompositions, as planned.
     """
 
     n_tensors: int = 0
@@ -84,6 +84,7 @@ class Report:
     residuals: dict[str, Residual] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     joined: Mapping[str, Any] | None = None
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Engine:
         io: Io = Io.AUTO,
         chunk_elements: int = CHUNK_ELEMENTS,
         progress: Progress | None = None,
+        on_flops: Callable[[float], None] | None = None,
         device: Device | None = None,
         walks: Mapping[str, Walk | Copy] | None = None,
         disks: Disks | None = None,
@@ -125,7 +127,7 @@ class Engine:
         self.jobs = [j for j in plan.jobs if only is None or j.name in only]
         self.nan_policy, self.strict, self.io = nan_policy, strict, io
         self.chunk_elements = chunk_elements
-        self.progress = progress
+        self.progress, self.on_flops = progress, on_flops
         self.report = Report(backend=kernels.name)
         self.trace = trace or Trace(recording=False)
         self.watch = Stopwatch(self.trace)
@@ -382,6 +384,7 @@ class Engine:
                 context = piece.job.context(self.plan.seed, self.plan.n_model)
                 with self.watch.time("matrices"):
                     recipes.begin(piece.job.params, context, held)
+                self._count_flops(piece.job)
         recipes.join()
         self.recipes, self.report.joined = recipes, recipes.answer
 
@@ -391,9 +394,16 @@ class Engine:
         with self.watch.time("matrices" if job.scope is Scope.MATRIX else "statistics"):
             if self.recipes and self.plan.joins(job):
                 return self.recipes.end(job.params, context, operands)
-            return resolve(
+            found = resolve(
                 self.kernels, self.plan.spec, job.params, context, operands, self.chunk_elements
             )
+        self._count_flops(job)
+        return found
+
+    def _count_flops(self, job: TensorJob) -> None:
+        self.report.flops += self.plan.cost(job).flops
+        if self.on_flops and job.scope is Scope.MATRIX:
+            self.on_flops(self.report.flops)
 
     def _compare(self, job: TensorJob, operands: Operands) -> None:
         for operand, buffer in zip(job.experts[1:], operands.experts[1:], strict=True):

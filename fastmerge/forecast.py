@@ -189,3 +189,16 @@ def _samples(files: list[Path]) -> Iterator[tuple[int, list[Run]]]:
         for at in range(0, size, load):
             n = min(load, size - at)
             yield n, [(file, at, n)]
+
+
+def decomposition_rate(side: int = 512) -> float:
+    """Time one decomposition here: operations per second, counted as methods count them."""
+    import torch
+
+    from fastmerge.linalg import spectrum
+
+    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    spectrum(matrix[:64]).top()
+    start = time.perf_counter()
+    spectrum(matrix).top()
+    return 14.0 * side**3 / (time.perf_counter() - start)

@@ -13,6 +13,7 @@ from fastmerge.budget import (
     DEVICE_PROCESS_BYTES,
     EDGE_BYTES,
     PROCESS_BYTES,
+    TORCH_BYTES,
     DeviceBudget,
     Target,
     default_memory,
@@ -34,7 +35,7 @@ from fastmerge.jobs import ITEM_BYTES, Action, Operand, TensorJob
 from fastmerge.quant.opening import open_model
 from fastmerge.quant.quantize import Quantize
 from fastmerge.recipe import LayerPositions, Recipe
-from fastmerge.registry import MethodSpec, Params, Scope, TensorContext
+from fastmerge.registry import Cost, MethodSpec, Params, Scope, TensorContext
 from fastmerge.storing import Storage, store
 
 
@@ -88,6 +89,17 @@ class Plan:
     def bytes_written(self) -> int:
         return sum(j.bytes_out for j in self.jobs)
 
+    def cost(self, job: TensorJob) -> Cost:
+        """Return what decomposing a job's deltas takes."""
+        if job.scope is not Scope.MATRIX or job.params is None or self.spec.cost is None:
+            return Cost(0, 0.0)
+        return self.spec.cost(job.params, job.context(self.seed, self.n_model))
+
+    @property
+    def flops(self) -> float:
+        """Operations of all decompositions: what decides how long such a merge takes, and not its bytes."""
+        return sum(self.cost(j).flops for j in self.jobs)
+
     @property
     def bits_per_weight(self) -> float:
         """Bits that a merged parameter takes on the disk, coded or dense, with its share of scales."""
@@ -104,7 +116,12 @@ class Plan:
         if self.device:
             return DEVICE_PROCESS_BYTES + self.device.pinned
         most = max((len(j.operands) for j in self.jobs), default=0)
-        return PROCESS_BYTES + self.result_bytes + self.working_bytes + most * EDGE_BYTES
+        return self.process_bytes + self.result_bytes + self.working_bytes + most * EDGE_BYTES
+
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of the process before it holds a tensor, on the host."""
+        return PROCESS_BYTES + (TORCH_BYTES if self.flops else 0)
 
     def extra_passes(self, job: TensorJob) -> int:
         """Reads of a job's operands before its walk, as planned: on the host a rank cut takes two (a bracket
@@ -146,6 +163,7 @@ class Plan:
             "parameters": sum(j.n for j in self.jobs),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "flops": self.flops,
             "quantize": None if self.quantize is None else self.quantize.as_dict(),
             "coded": len(self.coded),
             "bits_per_weight": round(self.bits_per_weight, 3),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastmerge.planner import Plan
 
 
-def _size(n: float) -> str:
+def size(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             return (
@@ -25,15 +25,30 @@ def _size(n: float) -> str:
     raise AssertionError
 
 
+def _operations(flops: float) -> str:
+    for unit, scale in (("Pflop", 1e15), ("Tflop", 1e12), ("Gflop", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {unit}"
+    return f"{flops / 1e6:.3g} Mflop"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.3g} h"
+
+
 def headline(plan: Plan) -> str:
     models = len(plan.checkpoints)
     device = ""
     if plan.device is not None:
         streamed = f", {len(plan.streamed)} tensors streamed" if plan.streamed else ""
-        device = f", {_size(plan.device.total)} on {plan.device.name}{streamed}"
+        device = f", {size(plan.device.total)} on {plan.device.name}{streamed}"
+    work = f", {_operations(plan.flops)} of decompositions" if plan.flops else ""
     return (
-        f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {_size(plan.bytes_read)}, "
-        f"writes {_size(plan.bytes_written)}, peak memory about {_size(plan.peak_memory)}{device}"
+        f"{plan.spec.name}: {len(plan.jobs)} tensors of {models} models; reads {size(plan.bytes_read)}, "
+        f"writes {size(plan.bytes_written)}, peak memory about {size(plan.peak_memory)}{device}{work}"
     )
 
 
@@ -41,8 +56,8 @@ def summary(report: Report, plan: Plan, out: str) -> str:
     moved = report.bytes_read + report.bytes_written
     rate = moved / report.seconds if report.seconds else 0.0
     wrote = (
-        f"wrote {out}: {report.n_tensors} tensors, {_size(report.bytes_written)} in "
-        f"{report.seconds:.2f} s ({_size(rate)}/s moved, {report.backend} backend)"
+        f"wrote {out}: {report.n_tensors} tensors, {size(report.bytes_written)} in "
+        f"{report.seconds:.2f} s ({size(rate)}/s moved, {report.backend} backend)"
     )
     return "\n".join([wrote, *_what_coding_cost(report, plan)])
 
@@ -91,7 +106,7 @@ def interrupted(out: str) -> str:
 def resumed(report: Report) -> str:
     if not report.resumed:
         return "note: there was no killed merge to resume; merged from the start"
-    return f"resumed: {_size(report.bytes_kept)} were there already"
+    return f"resumed: {size(report.bytes_kept)} were there already"
 
 
 def forecast_text(time: Forecast) -> str:
@@ -100,7 +115,7 @@ def forecast_text(time: Forecast) -> str:
     for stage in time.stages:
         mark = "  <- the limit" if stage is time.limit else ""
         lines.append(
-            f"{stage.name:<10}{_size(stage.n_bytes):>10}{_size(stage.rate) + '/s':>12}"
+            f"{stage.name:<10}{size(stage.n_bytes):>10}{size(stage.rate) + '/s':>12}"
             f"{stage.seconds:>8.2f} s  {stage.origin}{mark}"
         )
     lines.append(
@@ -123,7 +138,22 @@ def _coded_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def plan_text(plan: Plan) -> str:
+def _work_rows(plan: Plan, rate: float | None) -> list[tuple[str, str]]:
+    """Return what decompositions take. rate: operations per second, as one of them was timed."""
+    if not plan.flops:
+        return []
+    n = sum(plan.cost(job).flops > 0 for job in plan.jobs)
+    takes = ""
+    if rate:
+        takes = (
+            f", about {duration(plan.flops / rate)} at {_operations(rate)}/s (one was timed here)"
+        )
+    return [
+        ("compute", f"{_operations(plan.flops)} in {n} {'matrix' if n == 1 else 'matrices'}{takes}")
+    ]
+
+
+def plan_text(plan: Plan, rate: float | None = None) -> str:
     data = plan.as_dict()
     n_shards = len(data["shards"])
     rows = [
@@ -137,21 +167,22 @@ def plan_text(plan: Plan) -> str:
         ),
         ("tensors", f"{data['merged']} merged, {data['copied']} copied"),
         ("parameters", f"{data['parameters']:,}"),
-        ("read", _size(data["bytes_read"])),
-        ("write", f"{_size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
+        ("read", size(data["bytes_read"])),
+        ("write", f"{size(data['bytes_written'])} in {n_shards} file{'s' * (n_shards != 1)}"),
+        *_work_rows(plan, rate),
         *_coded_rows(plan),
-        ("peak memory", f"about {_size(data['peak_memory'])}"),
-        ("disk", _size(data["disk"])),
+        ("peak memory", f"about {size(data['peak_memory'])}"),
+        ("disk", size(data["disk"])),
     ]
     if plan.device is not None:
         budget = plan.device
-        held = f"{_size(budget.operands)} operands, {_size(budget.results)} results, " + (
-            f"{_size(budget.scratch)} kernels"
+        held = f"{size(budget.operands)} operands, {size(budget.results)} results, " + (
+            f"{size(budget.scratch)} kernels"
         )
         rows += [
             ("device", budget.name),
-            ("VRAM", f"{_size(budget.total)} of {_size(budget.limit)} ({held})"),
-            ("pinned", f"{_size(budget.pinned)} of host memory, blocks of {_size(budget.block)}"),
+            ("VRAM", f"{size(budget.total)} of {size(budget.limit)} ({held})"),
+            ("pinned", f"{size(budget.pinned)} of host memory, blocks of {size(budget.block)}"),
         ]
         if plan.streamed:
             names = ", ".join(sorted(plan.streamed)[:3])

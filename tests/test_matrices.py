@@ -427,3 +427,15 @@ def test_fused_projections_are_one_matrix_or_one_each(method: str) -> None:
     assert apart(split, whole) > 1e-6 or method == "lore"
     want = oracle(method, base, experts, name=name, fused="split")
     assert apart(split, want) < 1e-9
+
+
+def test_a_plan_tells_what_decompositions_take(tmp_path: Path) -> None:
+    shapes = {"a.weight": (96, 64), "a.bias": (96,)}
+    families.write_family(tmp_path, shapes, torch.bfloat16)
+    document = {"merge_method": "tsv_m", "base_model": str(tmp_path / "base")}
+    models = [{"model": str(tmp_path / f"e{k}")} for k in (1, 2)]
+    plan = fastmerge.plan({**document, "models": models})
+    assert plan.flops == (2 * 14 + 30) * 96 * 64 * 64
+    seen: list[float] = []
+    fastmerge.merge({**document, "models": models}, tmp_path / "out", on_flops=seen.append)
+    assert seen == [plan.flops]
