@@ -48,7 +48,7 @@ from fastmerge.stages import (
 
 #: Shapes of the random cases that reach every path: short rows, segments, several pieces.
 SHAPES = [(5, 123), (127,), (64, 64), (0, 5), (), (33, 4099), (4097,), (70001,), (3, 5, 11)]
-#: Parameters of each method to run with; a method that is not here runs with its weights alone.
+#: Parameters of each method to run with; a method that is not here runs with weights, if it has any, alone.
 VARIATIONS: dict[str, list[dict[str, Any]]] = {
     "ties": [
         {"weight": 0.5, "density": 0.3},
@@ -351,7 +351,8 @@ class Verification:
                 [e.view(shape) for e in made.experts],
             )
             host = to_host(placed)
-            for given in VARIATIONS.get(spec.name, [{"weight": 0.5}]):
+            weights = {p.name: 0.5 for p in spec.params if p.name == "weight"}
+            for given in VARIATIONS.get(spec.name, [weights]):
 
                 def check(
                     spec: Any = spec,
