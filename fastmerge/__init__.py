@@ -6,6 +6,7 @@ fastmerge.merge_tensors(base, [a, b], method="ties", ...)   torch tensors or num
 fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in memory
 fastmerge.quantize_4bit(w, "nf4"), dequantize_4bit(q)       tensors as codes of a few bits
 fastmerge.merge_to_4bit(base, [a, b], method="ties")        merged and coded in one pass
+fastmerge.pack(model, base, "out", strategy="graft")        what a model changes, compressed
 fastmerge.list_methods()                                    every method with its parameters
 fastmerge.ops                                               statistics, masks and the fused walk
 """
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
     from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
     from fastmerge.errors import MergeError as MergeError
+    from fastmerge.packs import apply_packs as apply_packs
+    from fastmerge.packs import open_pack as open_pack
+    from fastmerge.packs import pack as pack
+    from fastmerge.packs import revert as revert
+    from fastmerge.packs import rmm as rmm
+    from fastmerge.packs import sum_packs as sum_packs
     from fastmerge.registry import methods as list_methods
     from fastmerge.tensors import merge_state_dicts as merge_state_dicts
     from fastmerge.tensors import merge_tensors as merge_tensors
@@ -42,6 +49,12 @@ _HOMES = {
     "LoraTensor": ("fastmerge.coded_tensors", "LoraTensor"),
     "QuantTensor": ("fastmerge.coded_tensors", "QuantTensor"),
     "plan": ("fastmerge.api", "plan"),
+    "pack": ("fastmerge.packs", "pack"),
+    "apply_packs": ("fastmerge.packs", "apply_packs"),
+    "open_pack": ("fastmerge.packs", "open_pack"),
+    "sum_packs": ("fastmerge.packs", "sum_packs"),
+    "rmm": ("fastmerge.packs", "rmm"),
+    "revert": ("fastmerge.packs", "revert"),
     "MergeError": ("fastmerge.errors", "MergeError"),
     "list_methods": ("fastmerge.registry", "methods"),
 }
@@ -50,15 +63,21 @@ __all__ = [
     "LoraTensor",
     "MergeError",
     "QuantTensor",
+    "apply_packs",
     "dequantize_4bit",
     "list_methods",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
     "merge_to_4bit",
+    "open_pack",
     "ops",
+    "pack",
     "plan",
     "quantize_4bit",
+    "revert",
+    "rmm",
+    "sum_packs",
 ]
 
 

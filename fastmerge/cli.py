@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -303,6 +304,161 @@ def _convert(model: str, out: str, dtype: str | None = None, **options: Any) -> 
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(summaries.summary(report, planned[0], out), err=True)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield a progress function that shows bytes and the time left; None where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=0, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _packing_options(function: F) -> F:
+    options = [
+        click.argument("models", nargs=-1, required=True, type=click.Path(exists=True)),
+        click.argument("base", type=click.Path(exists=True)),
+        click.option("--out", required=True, type=click.Path(), help="Folder of the pack."),
+        click.option("-o", "--option", "pairs", multiple=True, metavar="NAME=VALUE",
+                     help="An option of the strategy, such as rank_fraction=0.1; repeatable."),
+        click.option("--shard-size", default="1B", show_default=True, metavar="SIZE",
+                     help="Bytes of one of the pack's files."),
+        click.option("--device", default="cpu", show_default=True, metavar="NAME",
+                     help="Where matrices are decomposed."),
+        click.option("--overwrite", is_flag=True, help="Replace a pack in DIR."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _applying_options(function: F) -> F:
+    options = [
+        click.option("--out", required=True, type=click.Path(), help="Folder of the model."),
+        click.option("--out-shard-size", default="5B", show_default=True, metavar="SIZE",
+                     help="Most bytes of one output shard."),
+        click.option("--any-base", is_flag=True, help="Apply to a base with other values too."),
+        click.option("--overwrite", is_flag=True, help="Replace a model in DIR."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _as_options(pairs: tuple[str, ...], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return --option NAME=VALUE as a mapping; flags: what has a flag of its own."""
+    from fastmerge.errors import RecipeError
+
+    for pair in pairs:
+        name, equals, _ = pair.partition("=")
+        if not name or not equals:
+            raise RecipeError(f"--option must be NAME=VALUE, got {pair!r}")
+        if name in flags:
+            raise RecipeError(f"{name} is no option of a strategy; pass --{name.replace('_', '-')}")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+@main.command("pack")
+@_packing_options
+@click.option("--strategy", required=True, metavar="NAME",
+              help="tsv_c, twin, smile, graft or mcsmoe; see docs/packs.md.")  # fmt: skip
+def pack_command(
+    models: tuple[str, ...],
+    base: str,
+    out: str,
+    pairs: tuple[str, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compress what MODEL changes of BASE into a pack; with --strategy smile of several models."""
+    from fastmerge.packs import pack
+
+    with _bar(quiet) as progress:
+        report = pack(
+            models, base, out, progress=progress, **_as_options(pairs, options), **options
+        )
+    if not quiet:
+        click.echo(summaries.pack_table(report))
+
+
+@main.command("rmm")
+@_packing_options
+@click.option("--rank", default=16, show_default=True, help="Of each model's factors.")
+@click.option("--p", "p", default=1, show_default=True, help="Directions at each position.")
+def rmm_command(
+    models: tuple[str, ...],
+    base: str,
+    out: str,
+    pairs: tuple[str, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Pack several MODELS of one BASE so that `fastmerge revert` restores each."""
+    from fastmerge.packs import rmm
+
+    with _bar(quiet) as progress:
+        report = rmm(models, base, out, progress=progress, **_as_options(pairs, options), **options)
+    if not quiet:
+        click.echo(summaries.pack_table(report))
+
+
+@main.command("apply")
+@click.argument("base", type=click.Path(exists=True))
+@click.argument("packs", nargs=-1, required=True, metavar="PACK[:WEIGHT]...")
+@_applying_options
+def apply_command(base: str, packs: tuple[str, ...], quiet: bool, **options: Any) -> None:
+    """Write BASE plus the weighted changes of the PACKs to a model folder."""
+    from fastmerge.packs import apply_packs
+
+    named = [_weighted(text) for text in packs]
+    with _bar(quiet) as progress:
+        report = apply_packs(
+            base, [p for p, _ in named], weights=[w for _, w in named], progress=progress, **options
+        )
+    if not quiet:
+        click.echo(summaries.applied(report))
+
+
+def _weighted(text: str) -> tuple[str, float | None]:
+    """Return folder and weight of PACK or PACK:WEIGHT; a folder of the whole name goes first."""
+    from fastmerge.errors import RecipeError
+
+    folder, colon, weight = text.rpartition(":")
+    if not colon or os.path.isdir(text):
+        return text, None
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise RecipeError(
+            f"the weight of a pack must be a number, got {weight!r} in {text!r}"
+        ) from None
+
+
+@main.command("revert")
+@click.argument("pack", type=click.Path(exists=True))
+@click.option("--model", required=True, metavar="NAME|INDEX", help="The model to restore.")
+@click.option("--base", required=True, type=click.Path(exists=True), help="The models' base.")
+@_applying_options
+def revert_command(pack: str, model: str, base: str, out: str, quiet: bool, **options: Any) -> None:
+    """Restore one of the models in PACK."""
+    from fastmerge.packs import revert
+
+    with _bar(quiet) as progress:
+        report = revert(pack, model, base, out, progress=progress, **options)
+    if not quiet:
+        click.echo(summaries.applied(report))
 
 
 @main.command()

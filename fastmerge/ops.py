@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from fastmerge.coded_tensors import QuantTensor as QuantTensor
     from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
     from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
+    from fastmerge.experts import low_rank_sparse as low_rank_sparse
+    from fastmerge.experts import merge_experts as merge_experts
     from fastmerge.tensors import merge_to_4bit as merge_to_4bit
 
 
@@ -336,6 +338,8 @@ _ABOVE = {
     "quantize_4bit": "fastmerge.coded_tensors",
     "dequantize_4bit": "fastmerge.coded_tensors",
     "merge_to_4bit": "fastmerge.tensors",
+    "merge_experts": "fastmerge.experts",
+    "low_rank_sparse": "fastmerge.experts",
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastmerge.engine import Report
     from fastmerge.forecast import Forecast
+    from fastmerge.packs import ApplyReport, PackReport
     from fastmerge.planner import Plan
 
 
@@ -37,6 +38,32 @@ def duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.3g} h"
+
+
+def pack_table(report: PackReport) -> str:
+    """Return what became of each module of a pack, and of the whole."""
+    widest = max([6, *(len(m.name) for m in report.modules)])
+    lines = [f"{'module':<{widest}}  {'residual':>8}  {'size':>7}  stored as"]
+    for m in report.modules:
+        lines.append(f"{m.name:<{widest}}  {m.residual:8.2%}  {m.ratio:7.1%}  {m.terms}")
+    rate = report.bytes_read / report.seconds if report.seconds else 0.0
+    share = report.n_bytes / report.dense_bytes if report.dense_bytes else 0.0
+    lines.append(
+        f"wrote {report.out}: {len(report.modules)} tensors changed, {report.unchanged} as in the base; "
+        f"{size(report.n_bytes)}, {share:.1%} of the models' {size(report.dense_bytes)}, in "
+        f"{report.seconds:.2f} s ({size(rate)}/s read)"
+    )
+    return "\n".join(lines)
+
+
+def applied(report: ApplyReport) -> str:
+    """Return what applying packs wrote."""
+    moved = report.bytes_read + report.bytes_written
+    rate = moved / report.seconds if report.seconds else 0.0
+    return (
+        f"wrote {report.out}: {report.n_tensors} tensors, {report.changed} of them changed, "
+        f"{size(report.bytes_written)} in {report.seconds:.2f} s ({size(rate)}/s moved)"
+    )
 
 
 def headline(plan: Plan) -> str:

@@ -47,6 +47,10 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("knots", {}),
     ("knots", {"density": 0.6, "weight": [0.5, 1.0, 2.0], "merge_func": "dis-sum"}),
     ("knots", {"density": 0.5, "scope": "model", "merge_func": "mean"}),
+    ("dop", {"steps": 20}),
+    ("dop", {"steps": 20, "weight": [0.5, 1.0, 2.0], "lambda": 0.7, "mgda": False, "epsilon": 0.9}),
+    ("dop", {"steps": 20, "space": "v", "epsilon": 1.0, "ema_beta": 0.5}),
+    ("dop", {"steps": 20, "space": "u"}),
     ("optmerge", {}),
     ("optmerge", {"lr": 0.01, "steps": 50.0}),
 ]
@@ -177,7 +181,7 @@ def test_star_keeps_the_nuclear_norm() -> None:
     assert float(found.sum()) == pytest.approx(float(torch.linalg.svdvals(delta).sum()), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "opcm"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("opcm", "dop")])
 def test_order_of_experts_does_not_matter(method: str) -> None:
     deltas = [decaying(k, (33, 65)) for k in range(3)]
     params = {"mu": 0.2} if method == "lore" else {}
@@ -185,7 +189,9 @@ def test_order_of_experts_does_not_matter(method: str) -> None:
     assert apart(merged_delta(method, deltas[::-1], **params), a) < 1e-9
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wudi", "optmerge", "lore")])
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("wudi", "dop", "optmerge", "lore")]
+)
 def test_scaled_deltas_give_a_scaled_result(method: str) -> None:
     deltas = [decaying(k, (33, 65)) for k in range(3)]
     params = {"least_singular_value": 0.0} if method == "knots" else {}
@@ -194,7 +200,7 @@ def test_scaled_deltas_give_a_scaled_result(method: str) -> None:
         assert apart(merged_delta(method, [c * d for d in deltas], **params), c * a) < 1e-8
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wudi", "knots")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wudi", "knots", "dop")])
 def test_rotated_deltas_give_a_rotated_result(method: str) -> None:
     """Adam goes coordinate by coordinate, as KnOTS' election does; all others know no axes."""
     deltas = [decaying(k, (33, 65)) for k in range(3)]

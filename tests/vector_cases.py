@@ -16,6 +16,9 @@ from vector_runners import Runner
 Check = Callable[[Runner], Any]
 Checks = dict[str, Check]
 
+#: Cases whose reference decomposes in float32 without saying so.
+SINGLE = {"smile_linear"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -36,7 +39,8 @@ class Case:
     @property
     def tolerance(self) -> float:
         """Relative and absolute; looser where the reference went through float32."""
-        return 3e-6 if "float32" in self.notes or self.file == "della" else 1e-9
+        single = "float32" in self.notes or self.file == "della" or self.name in SINGLE
+        return 3e-6 if single else 1e-9
 
 
 def tensor(value: Any) -> Any:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pack_claims import PACKS
 from spectral_claims import SPECTRAL
 from torch import Tensor
 from vector_cases import Case, Checks
@@ -274,6 +275,7 @@ CLAIMS: dict[tuple[str, str], Callable[[Case], Checks]] = {
     ("sce", "mergekit_*"): _sce({}),
     ("sce", "*"): _sce({"preset": "paper"}),
     **SPECTRAL,
+    **PACKS,
 }
 
 #: (file or folder, case or *) -> why no method of ours claims it.
