@@ -2,7 +2,7 @@
 
 A small network learns upright MNIST digits; three copies of it are fine-tuned on digits rotated by
 40 degrees, on eroded and noisy digits, and on scikit-learn's scanner digits. Each is saved as a
-model folder, `fastmerge merge` combines them by five methods, and every folder is scored on all
+model folder, `fastmerge merge` combines them by ten methods, and every folder is scored on all
 three tasks.
 
 Run: python examples/demo_images.py [--work DIR] [--seed N] [--plot]
@@ -89,6 +89,17 @@ models:
 {models}
 dtype: float32
 """,
+    # The SVD family, each with its paper's defaults; Iso-C's own authors search lambda on held-out data.
+    **{
+        method: f"""\
+merge_method: {method}
+base_model: base
+models:
+{{models}}
+dtype: float32
+"""
+        for method in ("tsv_m", "iso_c", "knots", "opcm", "wudi")
+    },
 }
 
 # On seeds 0-4 task arithmetic led the base by .136-.204 and the average by .023-.062.
@@ -272,14 +283,14 @@ def plot(scores: dict[str, list[float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     positions = np.arange(len(scores))
     for i, task in enumerate(EXPERTS):
         heights = [row[i] for row in scores.values()]
         axes.bar(positions + (i - 1) * 0.26, heights, 0.26, label=task)
     means = [mean(row) for row in scores.values()]
     axes.plot(positions, means, "k_", markersize=24, markeredgewidth=2, label="mean")
-    axes.set_xticks(positions, [label(name).replace(" ", "\n", 1) for name in scores])
+    axes.set_xticks(positions, [label(name) for name in scores], rotation=40, ha="right")
     axes.set_ylabel("test accuracy")
     axes.set_ylim(0, 1)
     figure.legend(ncols=4, loc="outside upper center")
