@@ -14,6 +14,7 @@ from fastmerge.backends import Buffer, Coded, Kernels
 from fastmerge.backends.scales import code_scales, tensor_scale
 from fastmerge.coding import (
     GGUF_BLOCKS,
+    READ_ONLY,
     Coding,
     Format,
     PartSpec,
@@ -279,7 +280,12 @@ def code(
     """Merge operands and code the result in one pass; one more where the largest magnitude decides.
 
     like: whose shape, kind and device the result has. None: something that is coded is not finite.
+
+    Raises:
+        ConflictError: the format is only read.
     """
+    if coding.format in READ_ONLY:
+        raise ConflictError(f"{coding.format.name.lower()} is only read; choose another format")
     shape, limit = tuple(like.shape), limit or kernels.chunk_elements
     rows, cols = matrix_of(shape)
     scale = 1.0

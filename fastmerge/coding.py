@@ -47,6 +47,9 @@ class ScaleType(enum.IntEnum):
     U8 = 5  # codes of scales
 
 
+#: Formats that are decoded and never made.
+READ_ONLY = (Format.Q6_K, Format.GGUF_NVFP4, Format.INT8)
+
 #: Elements and bytes of one block of a GGUF type.
 GGUF_BLOCKS = {
     Format.Q4_0: (32, 18),

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 import fastmerge
 from fastmerge import ops
-from fastmerge.coded_tensors import QuantTensor, dequantize_4bit, quantize_4bit
-from fastmerge.coding import Format
+from fastmerge.coded_tensors import QuantTensor, code, dequantize_4bit, quantize_4bit
+from fastmerge.coding import READ_ONLY, Coding, Format
+from fastmerge.dtypes import DType
 from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
+from fastmerge.evaluate import Operands
 from fastmerge.quant.formats import FORMATS
 from fastmerge.quant.gguf_formats import GGUF_FORMATS
+from fastmerge.stages import Copy
 from fastmerge.tensors import merge_state_dicts, merge_tensors, merge_to_4bit
 
 CODED = [*FORMATS, *(name for name, kind in GGUF_FORMATS.items() if isinstance(kind, Format))]
@@ -428,3 +431,11 @@ def test_shapes_of_coded_operands_must_agree() -> None:
         ConflictError, match=r"\[8, 64\] in experts\[0\] but \[8, 128\] in experts\[1\]"
     ):
         merge_tensors(None, [q, weights(8, 128)], method="linear", weight=1.0)
+
+
+@pytest.mark.parametrize("kind", READ_ONLY, ids=lambda kind: kind.name)
+def test_formats_that_are_only_read_are_not_written(kind: Format) -> None:
+    w = weights(4, 256)
+    operands = Operands(None, [ops.buffer_of(w, "w")], 256, DType.F32)
+    with pytest.raises(ConflictError, match=f"{kind.name.lower()} is only read"):
+        code(ops.choose("cpu", None), Copy(), operands, Coding(kind), w)

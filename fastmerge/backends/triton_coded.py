@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastmerge.backends import Buffer, Chunk, Coded
 from fastmerge.backends.memory import tensor_of
-from fastmerge.coding import Coding, Format
+from fastmerge.coding import READ_ONLY, Coding, Format
 from fastmerge.dtypes import DType
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ BNB = (Format.BNB_NF4, Format.BNB_FP4)
 WORDS = (Format.GPTQ, Format.AWQ)
 BLOCKS = (Format.Q4_0, Format.Q4_1, Format.Q8_0, Format.GGUF_MXFP4)
 BYTES = (Format.FP8, Format.Q8_0)
-READ_ONLY = (Format.Q6_K, Format.GGUF_NVFP4, Format.INT8)
 CPU_OR_CUDA = "backend 'cpu' or 'cuda' can"
 
 #: Where output t of eight lies in a word, by t.
