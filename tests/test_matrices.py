@@ -16,6 +16,7 @@ from vector_runners import BackendRunner
 import fastmerge
 from fastmerge.errors import NonFiniteError, RecipeError
 from fastmerge.linalg import polar, spectrum, svd
+from fastmerge.linalg.leading import refined
 from fastmerge.methods.matrices import TABLES
 
 #: (method, parameters)
@@ -248,6 +249,39 @@ def test_both_routes_decompose_alike(shape: tuple[int, int]) -> None:
         assert cut.s.shape == (10,) and cut.u.dtype is torch.float32
         assert apart(cut.product(), (want.U[:, :10] * want.S[:10]) @ want.Vh[:10]) < 1e-5
         assert apart(found.mapped(lambda s: s), a) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(800, 850), (900, 800)], ids=str)
+@pytest.mark.parametrize("kind", ["noise", "low rank and noise", "slow decay"])
+def test_leading_triples_are_refined(kind: str, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    m, n, k = *shape, 100
+    a = torch.randn(shape, generator=generator)
+    if kind == "low rank and noise":
+        a += torch.randn(m, 8, generator=generator) @ torch.randn(8, n, generator=generator)
+    if kind == "slow decay":
+        u, _, vh = torch.linalg.svd(a, full_matrices=False)
+        a = (u * torch.arange(1.0, min(shape) + 1) ** -0.5) @ vh
+    wanted = svd(a.double(), k)
+    assert refined(a if m < n else a.mT, k) is not None
+    found = svd(a, k)
+    assert float((found.s / wanted.s - 1).abs().max()) < 1e-6
+    assert apart(found.product().double(), wanted.product()) < 1e-6
+    for basis in (found.u.mT, found.vh):
+        assert float((basis @ basis.mT - torch.eye(k)).abs().max()) < 1e-5
+
+
+def test_what_float32_cannot_refine_is_decomposed_in_float64() -> None:
+    """The last triples asked for lie below 1/64 of the first; then there are too many; or none."""
+    generator = torch.Generator().manual_seed(7)
+    u, _, vh = torch.linalg.svd(torch.randn(800, 800, generator=generator))
+    a = (u * torch.arange(1.0, 801.0) ** -1.0) @ vh
+    assert refined(a, 50) is not None
+    assert refined(a, 100) is None
+    assert refined(a, 400) is None
+    assert refined(torch.zeros(800, 800), 10) is None
+    assert apart(svd(a, 100).product().double(), svd(a.double(), 100).product()) < 1e-6
+    assert svd(torch.zeros(800, 800), 10, floor=None).s.tolist() == []
 
 
 # ---- which tensors, and bad input ----------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastmerge.linalg.gram import gram
+from fastmerge.linalg.leading import LEAST_RATIO, refined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +99,30 @@ def spectrum(a: Tensor, *, route: Route = "auto") -> Spectrum:
     return Spectrum(values.flip(0).clamp_min(0).sqrt(), a, vectors.flip(1), None)
 
 
-def svd(a: Tensor, rank: int | None = None, *, route: Route = "auto") -> SVD:
-    """Return the thin SVD of a matrix, or its `rank` largest triples; see `spectrum`."""
-    return spectrum(a, route=route).top(rank)
+def svd(
+    a: Tensor, rank: int | None = None, *, floor: float | None = 0.0, route: Route = "auto"
+) -> SVD:
+    """Return the thin SVD of a matrix, or its `rank` largest triples.
+
+    Args:
+        floor: triples with s <= floor * s_1 are left out; None: those that `Spectrum.rank` leaves out.
+        route: see `spectrum`; auto also refines the leading triples of a large float32 matrix, where
+            they are a small part of all (`leading.refined`).
+    """
+    import torch
+
+    if route == "auto" and rank is not None and a.dtype is torch.float32 and rank < min(a.shape):
+        wide = len(a) <= a.shape[1]
+        found = refined(a if wide else a.mT, rank)
+        if found is not None and (floor is None or floor < LEAST_RATIO):
+            s, u = found[0].to(a.dtype), found[1].to(a.dtype)
+            other = (u.mT @ (a if wide else a.mT)) / s[:, None]
+            return SVD(u, s, other) if wide else SVD(other.mT, s, u.mT)
+    whole = spectrum(a, route=route)
+    if floor == 0:
+        return whole.top(rank)
+    kept = whole.rank(floor)
+    return whole.top(kept if rank is None else min(rank, kept))
 
 
 def _inverse(s: Tensor) -> Tensor:

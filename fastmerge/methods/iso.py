@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, SVD, polar, spectrum
+from fastmerge.linalg import EPS, SVD, polar, svd
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
@@ -116,9 +116,10 @@ def iso_cts(params: Params, deltas: Deltas) -> Add:
 
     def leading(a: Tensor, k: int, size: float) -> SVD:
         """The k leading triples, of those above what is noise in a matrix of that norm."""
-        found = spectrum(a)
+        found = svd(a, k)
         noise = max(shape) * EPS[a.element_size()] * size
-        return found.top(min(k, int((found.s > noise).sum())) if stable else k)
+        kept = int((found.s > noise).sum()) if stable else k
+        return SVD(found.u[:, :kept], found.s[:kept], found.vh[:kept])
 
     total = sum_of(deltas, params.weight)
     common = leading(total, k_common, float(total.norm()))

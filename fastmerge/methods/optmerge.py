@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import spectrum
+from fastmerge.linalg import spectrum, svd
 from fastmerge.linalg.quadratic import filtered, heavy_ball
 from fastmerge.methods.matrices import (
     LAMBDA,
@@ -51,9 +51,8 @@ def optmerge(params: Params, deltas: Deltas) -> Add:
     start, u, v, cubes, squares = None, [], [], [], []
     for k, factor in enumerate(params.weight):
         delta = deltas[k] * factor
-        found = spectrum(delta)
-        triples = found.top(min(rank, found.rank()))
-        share = 1 / (float((found.s**2).sum()) or 1.0)
+        triples = svd(delta, rank, floor=None)
+        share = 1 / (float((delta.double() ** 2).sum()) or 1.0)
         s = triples.s.double()
         u.append(triples.u)
         v.append(triples.vh)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, polar, spectrum
+from fastmerge.linalg import EPS, polar, svd
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
@@ -73,8 +73,8 @@ def orthogonal_triples(
     found = []
     for j, factor in enumerate(weight):
         delta = deltas[j]
-        whole = spectrum(delta if factor == 1 else delta * factor)
-        found.append(whole.top(min(k, whole.rank()) if stable else k))
+        scaled = delta if factor == 1 else delta * factor
+        found.append(svd(scaled, k, floor=None if stable else 0.0))
     ranks = [len(t.s) for t in found]
 
     def orthogonal(side: list[Tensor]) -> list[Tensor]:
