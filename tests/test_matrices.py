@@ -24,6 +24,16 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("tsv_m", {}),
     ("tsv_m", {"weight": [0.5, 1.0, 2.0], "lambda": 0.7, "rank_fraction": 0.2}),
     ("tsv_m", {"mode": "compat"}),
+    ("tsv_m", {"expert_scale": "outliers"}),
+    (
+        "tsv_m",
+        {
+            "expert_scale": "outliers",
+            "rank_by": "sparsity",
+            "gamma": 2.0,
+            "weight": [0.5, 1.0, -2.0],
+        },
+    ),
     ("iso_c", {}),
     ("iso_c", {"lambda": 1.5, "iso_divisor": "rank", "weight": [0.5, 1.0, 2.0]}),
     ("iso_cts", {}),

@@ -3,6 +3,7 @@ each other."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,28 @@ if TYPE_CHECKING:
             low=0.0,
             high=1.0,
         ),
+        Param(
+            "expert_scale",
+            "one",
+            "outliers: singular values are scaled by an expert's share in changes beyond mean + 3 deviations",
+            kind=str,
+            choices=("one", "outliers"),
+        ),
+        Param(
+            "rank_by",
+            "fraction",
+            "sparsity: fewer triples of a matrix whose changes are mostly small (R-TSVM)",
+            kind=str,
+            choices=("fraction", "sparsity"),
+        ),
+        Param("gamma", 0.2, "how much rank_by sparsity changes the rank", low=0.0),
+        Param(
+            "usual_sparsity",
+            0.5,
+            "share of changes below the mean at which rank_by sparsity changes nothing",
+            low=0.0,
+            high=1.0,
+        ),
         MODE,
     ),
     blocks=9.0,  # a delta, its triples, both factors and what their polar factors take, the result
@@ -46,13 +69,51 @@ def tsv_m(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * Q(U) diag(s) Q(V)^T.
 
     U, s, V: the int(r / K) leading singular triples of every weight_k * delta_k, side by side; Q is the polar
-    factor, r the shorter side. Its singular values are the s.
+    factor, r the shorter side. Its singular values are the s. R-TSVM's ideas, whose formulas are ours:
+
+    expert_scale outliers: s_k is scaled by K o_k / sum o, o_k the sum of |d| beyond mean + 3 deviations of
+    |d|. rank_by sparsity: int(r / K (1 + gamma (usual_sparsity - f))) triples, from 1 to r / K, f the mean
+    share of |d| below their mean.
     """
     import torch
 
     k = kept_rank(params, deltas.shape, len(deltas))
+    scales = [1.0] * len(deltas)
+    if params.expert_scale != "one" or params.rank_by != "fraction":
+        found = [tails(deltas[j]) for j in range(len(deltas))]
+        if params.rank_by == "sparsity":
+            k = rank_for(k, [below for _, below in found], params)
+        if params.expert_scale == "outliers":
+            scales = shares([abs(w) * o for w, (o, _) in zip(params.weight, found, strict=True)])
     u, s, v = orthogonal_triples(deltas, params.weight, k, params.mode == "stable")
-    return Add((torch.cat(u, 1) * torch.cat(s)) @ torch.cat(v, 1).mT, params.lambda_)
+    values = torch.cat([x * scale for x, scale in zip(s, scales, strict=True)])
+    return Add((torch.cat(u, 1) * values) @ torch.cat(v, 1).mT, params.lambda_)
+
+
+def tails(delta: Tensor) -> tuple[float, float]:
+    """Return the sum of |d| beyond mean + 3 deviations of |d|, and the share of |d| below their mean."""
+    import torch
+
+    sizes = delta.abs()
+    mean = float(sizes.mean(dtype=torch.float64))
+    square = float(torch.linalg.vector_norm(sizes, dtype=torch.float64)) ** 2 / sizes.numel()
+    deviation = math.sqrt(max(square - mean * mean, 0.0))
+    beyond = sizes[sizes > mean + 3 * deviation]
+    below = int((sizes < mean).sum()) / sizes.numel()
+    return float(beyond.sum(dtype=torch.float64)), below
+
+
+def rank_for(k: int, below: Sequence[float], params: Params) -> int:
+    """Return how many triples rank_by sparsity keeps of each expert, k those of the fraction."""
+    sparsity = sum(below) / len(below)
+    wanted = math.floor(k * (1 + float(params.gamma) * (float(params.usual_sparsity) - sparsity)))
+    return max(min(wanted, k), min(1, k))
+
+
+def shares(outliers: Sequence[float]) -> list[float]:
+    """Return K o_k / sum o; 1 where there is no outlier at all."""
+    total = sum(outliers)
+    return [len(outliers) * o / total if total else 1.0 for o in outliers]
 
 
 def kept_rank(params: Params, shape: Sequence[int], n_experts: int) -> int:
@@ -96,14 +157,30 @@ def tsv_m_oracle(deltas: Sequence[Tensor], params: Params) -> Tensor:
 
     shape = deltas[0].shape
     k = kept_rank(params, shape, len(deltas))
+    scales = [1.0] * len(deltas)
+    if params.rank_by == "sparsity" or params.expert_scale == "outliers":
+        sizes = [d.abs() for d in deltas]
+        if params.rank_by == "sparsity":
+            sparsity = float(torch.stack([(x < x.mean()).double().mean() for x in sizes]).mean())
+            wanted = math.floor(
+                k * (1 + float(params.gamma) * (float(params.usual_sparsity) - sparsity))
+            )
+            k = 0 if k == 0 else min(k, max(1, wanted))
+        if params.expert_scale == "outliers":
+            cuts = [x.mean() + 3 * x.std(correction=0) for x in sizes]
+            tail = [
+                abs(w) * float(torch.where(x > cut, x, 0).sum())
+                for w, x, cut in zip(params.weight, sizes, cuts, strict=True)
+            ]
+            scales = [len(tail) * o / sum(tail) if sum(tail) else 1.0 for o in tail]
     u, s, v = [], [], []
-    for weight, delta in zip(params.weight, deltas, strict=True):
+    for weight, delta, scale in zip(params.weight, deltas, scales, strict=True):
         left, values, right = torch.linalg.svd(weight * delta, full_matrices=False)
         kept = k
         if params.mode == "stable" and k:
             kept = min(k, int((values > max(shape) * EPS[4] * values[0]).sum()))
         u.append(left[:, :kept])
-        s.append(values[:kept])
+        s.append(values[:kept] * scale)
         v.append(right[:kept].mT)
 
     q_u, q_v = (polar_oracle(torch.cat(x, 1), params.mode == "stable") for x in (u, v))
