@@ -428,20 +428,25 @@ def test_adapters_merge_as_what_they_make(method: str, shape: tuple[int, int]) -
     assert apart(got, fastmerge.merge_tensors(base, dense, method=method, **params)) < 1e-4
 
 
-def test_knots_of_adapters_forms_no_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "params"), [("knots", {"density": 0.7}), ("tsv_m", {}), ("iso_c", {})]
+)
+def test_no_delta_of_adapters_is_formed(
+    method: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
     adapters = [lora(k, (64, 48), 4, base) for k in range(3)]
-    want = fastmerge.merge_tensors(base, adapters, method="knots", density=0.7)
+    want = fastmerge.merge_tensors(base, adapters, method=method, **params)
 
     def fail(*_: Any) -> None:
         raise AssertionError("a delta was formed")
 
     monkeypatch.setattr("fastmerge.evaluate._Deltas.__getitem__", fail)
-    again = fastmerge.merge_tensors(base, adapters, method="knots", density=0.7)
+    again = fastmerge.merge_tensors(base, adapters, method=method, **params)
     assert torch.equal(again, want)
     elsewhere = [lora(k, (64, 48), 4, base + 1) for k in range(3)]
     with pytest.raises(AssertionError, match="a delta was formed"):
-        fastmerge.merge_tensors(base, elsewhere, method="knots")
+        fastmerge.merge_tensors(base, elsewhere, method=method, **params)
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

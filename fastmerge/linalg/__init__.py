@@ -6,8 +6,23 @@ decomposed with float64 inside wherever float32 would lose what a method needs. 
 method or a file.
 """
 
+from fastmerge.linalg.factored import Term, factored_svd
 from fastmerge.linalg.gram import gram
 from fastmerge.linalg.polar import Polar, polar
+from fastmerge.linalg.randomized import Truncated, truncated_svd
 from fastmerge.linalg.svd import EPS, SVD, Spectrum, spectrum, svd
 
-__all__ = ["EPS", "SVD", "Polar", "Spectrum", "gram", "polar", "spectrum", "svd"]
+__all__ = [
+    "EPS",
+    "SVD",
+    "Polar",
+    "Spectrum",
+    "Term",
+    "Truncated",
+    "factored_svd",
+    "gram",
+    "polar",
+    "spectrum",
+    "svd",
+    "truncated_svd",
+]

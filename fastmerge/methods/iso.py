@@ -16,6 +16,7 @@ from fastmerge.methods.matrices import (
     matrix_method,
     polar_oracle,
     sum_of,
+    triples_of_sum,
     weighted_sum,
 )
 from fastmerge.registry import Param, Params
@@ -48,14 +49,21 @@ if TYPE_CHECKING:
 def iso_c(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * mean(s) * Q(A), A = sum_k weight_k * delta_k; s are A's singular values.
 
-    Q is the polar factor and mean(s) = <Q, A> / r, so that no singular value is ever computed.
+    Q is the polar factor and mean(s) = <Q, A> / r, so that no singular value is ever computed; of adapters
+    alone, Q and s come from their factors.
     """
-    total = sum_of(deltas, params.weight)
     stable = params.mode == "stable"
-    found = polar(total, floor=None if stable else 0.0, route="auto" if stable else "svd")
-    mass = float((found.q.double() * total.double()).sum())
-    divisor = min(total.shape) if params.iso_divisor == "side" else max(1, found.rank)
-    return Add(found.q, params.lambda_ * mass / divisor)
+    triples = triples_of_sum(deltas, params.weight) if stable else None
+    if triples is not None:
+        q, rank, mass = triples.u @ triples.vh, len(triples.s), float(triples.s.sum())
+    else:
+        total = sum_of(deltas, params.weight)
+        q, rank, _, _, _ = polar(
+            total, floor=None if stable else 0.0, route="auto" if stable else "svd"
+        )
+        mass = float((q.double() * total.double()).sum())
+    divisor = min(deltas.shape) if params.iso_divisor == "side" else max(1, rank)
+    return Add(q, params.lambda_ * mass / divisor)
 
 
 @iso_c.oracle

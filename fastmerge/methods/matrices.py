@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import RecipeError
-from fastmerge.linalg import EPS
+from fastmerge.linalg import EPS, SVD, Term, factored_svd, svd
 from fastmerge.methods.deltas import per_expert
 from fastmerge.registry import Cost, Param, Params, Recipe, Scope, TensorContext, method
 from fastmerge.stages import Add, Combine, Deltas, Joined, Matrices, Walk
@@ -279,6 +279,40 @@ def sum_of(deltas: Deltas, weight: Sequence[float]) -> Tensor:
     for k in range(1, len(deltas)):
         total.add_(deltas[k], alpha=weight[k])
     return total
+
+
+def leading_triples(
+    deltas: Deltas | Sequence[Tensor], k: int, weight: float, rank: int, stable: bool
+) -> SVD:
+    """Return the leading triples of weight * delta_k, at most `rank`; stable: without rounding noise.
+
+    That of an adapter is decomposed by its factors, where noise is left out anyway.
+    """
+    factors = deltas.factors(k) if stable and not isinstance(deltas, Sequence) else None
+    if factors is not None:
+        return rounded(factored_svd([Term(weight, *factors)], rank).svd, factors[1])
+    delta = deltas[k]
+    return svd(delta if weight == 1 else delta * weight, rank, floor=None if stable else 0.0)
+
+
+def triples_of_sum(deltas: Deltas, weight: Sequence[float]) -> SVD | None:
+    """Return all triples of sum_k weight_k * delta_k that are not rounding noise, by the factors of adapters.
+
+    None: not all experts are adapters, or of so many ranks that the sum itself is no larger.
+    """
+    factors = [deltas.factors(k) for k in range(len(deltas))]
+    terms = [Term(w, *f) for w, f in zip(weight, factors, strict=True) if f is not None]
+    if len(terms) < len(deltas) or 2 * sum(len(t.a) for t in terms) > min(deltas.shape):
+        return None
+    return rounded(factored_svd(terms).svd, terms[0].a)
+
+
+def rounded(triples: SVD, like: Tensor) -> SVD:
+    """Return triples in another type, those left out that are rounding noise of it."""
+    u, s, vh = triples
+    floor = max(len(u), vh.shape[1]) * EPS[like.element_size()]
+    kept = int((s > floor * s[0]).sum()) if len(s) else 0
+    return SVD(u[:, :kept].to(like.dtype), s[:kept].to(like.dtype), vh[:kept].to(like.dtype))
 
 
 def added(tensors: Iterable[Tensor]) -> Tensor:

@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, polar, svd
+from fastmerge.linalg import EPS, polar
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
     WEIGHT,
     Flops,
+    leading_triples,
     matrix_method,
     polar_oracle,
 )
@@ -131,11 +132,7 @@ def orthogonal_triples(
     """
     import torch
 
-    found = []
-    for j, factor in enumerate(weight):
-        delta = deltas[j]
-        scaled = delta if factor == 1 else delta * factor
-        found.append(svd(scaled, k, floor=None if stable else 0.0))
+    found = [leading_triples(deltas, j, factor, k, stable) for j, factor in enumerate(weight)]
     ranks = [len(t.s) for t in found]
 
     def orthogonal(side: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,310 @@
+"""Time the SVD family on one matrix, beside FusionBench's functions and plain torch, in one run.
+
+    pip install --no-deps --target DIR fusion-bench
+    python benchmarks/bench_svd.py --rivals DIR            three shapes, 4 and 8 experts: half an hour
+    python benchmarks/bench_svd.py --rivals DIR --quick    the smallest shape alone
+
+Ours is `fastmerge.merge_tensors` on a base and experts in float32, deltas included; the rivals are given the
+deltas. Loops of 300 steps are timed over fewer where they are long, and scaled: `steps` says over how many.
+The floor is what LAPACK and BLAS alone take for the decompositions and products that ours is made of, timed
+in the same run. Errors are of the merged delta, against float64 oracles, where those end in sensible time.
+Results go to benchmarks/results/svd.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import svd_rivals
+import torch
+from svd_rivals import FusionBench
+from torch import Tensor
+
+import fastmerge
+from fastmerge.bench import environment
+from fastmerge.linalg import Term, factored_svd
+from fastmerge.recipe import keyword_params
+from fastmerge.registry import TensorContext, get
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ((1024, 1024), (2048, 5632), (4096, 4096))
+EXPERTS = (4, 8)
+STEPS = 300
+#: Of the adapters, and of the part of a full fine-tune's change that is not noise.
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Experts of one matrix: changes of full rank, and adapters. deltas, products: what they change."""
+
+    shape: tuple[int, int]
+    base: Tensor
+    deltas: list[Tensor]
+    factors: list[tuple[Tensor, Tensor]]
+    products: list[Tensor]
+
+
+def inputs(shape: tuple[int, int], n_experts: int, seed: int = 0) -> Inputs:
+    """Draw experts: a part of rank 16 in noise of about its size, as changes of fine-tunes look."""
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    factors = [(normal(m, RANK) * 0.01, normal(RANK, n) * 0.01) for _ in range(n_experts)]
+    products = [b @ a for b, a in factors]
+    deltas = [p + normal(m, n) * 3e-4 for p in products]
+    return Inputs(shape, normal(m, n) * 0.02, deltas, factors, products)
+
+
+# ---- what is timed ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. ours, torch, fusionbench: each returns the merged delta, or what stands for it.
+
+    steps: of a loop that is timed in part, by the rival's name; the rest of its time does not grow.
+    floor: decompositions and products of ours alone. oracle: in float64.
+    """
+
+    name: str
+    ours: Callable[[], Tensor]
+    rivals: dict[str, Callable[[], Tensor]]
+    floor: Callable[[], object]
+    oracle: Callable[[], Tensor] | None = None
+    steps: int | None = None
+
+
+def merged(
+    method: str, given: Inputs, adapters: bool = False, **params: Any
+) -> Callable[[], Tensor]:
+    """Return a merge through the public function; the base is taken off to compare."""
+    experts: list[Any] = [given.base + d for d in given.deltas]
+    if adapters:
+        experts = [fastmerge.LoraTensor(given.base, b, a) for b, a in given.factors]
+
+    def run() -> Tensor:
+        done = fastmerge.merge_tensors(given.base, experts, method=method, **params)
+        assert isinstance(done, Tensor)
+        return done
+
+    return run
+
+
+def oracle(method: str, deltas: list[Tensor], **params: Any) -> Callable[[], Tensor]:
+    spec = get(method)
+    resolved = keyword_params(spec, len(deltas), True, params)
+
+    def run() -> Tensor:
+        context = TensorContext("w", tuple(deltas[0].shape), len(deltas), deltas[0].numel())
+        assert spec.oracle is not None
+        wide = [d.double() for d in deltas]
+        return spec.oracle(torch.zeros_like(wide[0]), wide, resolved, context)
+
+    return run
+
+
+def gram_and_eigh(a: Tensor, times: int) -> None:
+    """What a decomposition over the short side takes of LAPACK and BLAS at least, in float32."""
+    for _ in range(times):
+        torch.linalg.eigh(a @ a.mT)
+
+
+def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) -> list[Case]:
+    """Return all rows of one shape and number of experts."""
+    deltas, products = given.deltas, given.products
+    k = len(deltas)
+    short = deltas[0] if given.shape[0] <= given.shape[1] else deltas[0].mT
+    square = short[:, : len(short)].contiguous()
+    steps = min(STEPS, step_limit)
+
+    def rivals(torch_way: Callable[[], Tensor], theirs: Callable[[], Tensor] | None = None) -> Any:
+        found = {"torch": torch_way}
+        return found | ({"fusionbench": theirs} if theirs is not None else {})
+
+    def of(name: str, given: list[Tensor], *args: Any) -> Callable[[], Tensor] | None:
+        if bench is None:
+            return None
+        run = getattr(bench, name)(*args)
+        return lambda: run(given)
+
+    def inverses(times: int) -> None:
+        for _ in range(times):
+            torch.linalg.inv(square)
+
+    return [
+        Case(
+            "tsv_m",
+            merged("tsv_m", given),
+            rivals(lambda: svd_rivals.tsv_m(deltas), of("tsv_m", deltas)),
+            lambda: (gram_and_eigh(short, k), inverses(2 * 5)),
+            oracle("tsv_m", deltas),
+        ),
+        Case(
+            "iso_c",
+            merged("iso_c", given),
+            rivals(lambda: svd_rivals.iso_c(deltas), of("iso_c", deltas)),
+            lambda: inverses(5),
+            oracle("iso_c", deltas),
+        ),
+        Case(
+            "wudi, 300 steps",
+            merged("wudi", given),
+            rivals(lambda: svd_rivals.wudi(deltas, steps), of("wudi", deltas, steps)),
+            lambda: [short.mT @ short for _ in range(2)],
+            steps=steps,
+        ),
+        Case(
+            "optmerge",
+            merged("optmerge", given),
+            rivals(lambda: svd_rivals.optmerge(deltas, steps)),
+            lambda: gram_and_eigh(short, k + 1),
+            oracle("optmerge", deltas),
+            steps=steps,
+        ),
+        Case(
+            "knots of adapters",
+            merged("knots", given, adapters=True),
+            rivals(lambda: svd_rivals.knots(products), of("knots", products)),
+            lambda: given.base + given.factors[0][0] @ given.factors[0][1],
+            oracle("knots", products),
+        ),
+        Case(
+            "tsv_m of adapters",
+            merged("tsv_m", given, adapters=True),
+            rivals(lambda: svd_rivals.tsv_m(products), of("tsv_m", products)),
+            lambda: given.base + given.factors[0][0] @ given.factors[0][1],
+            oracle("tsv_m", products),
+        ),
+        Case(
+            "one adapter of several",
+            lambda: factored_svd([Term(1.0, b, a) for b, a in given.factors], rank).svd.u,
+            rivals(lambda: svd_rivals.lora_svd(products, rank)[0]),
+            lambda: torch.linalg.qr(torch.cat([b for b, _ in given.factors], 1)),
+        ),
+        Case(
+            "Sub-MoE",
+            lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
+            rivals(lambda: svd_rivals.sub_moe(deltas, len(square) // 4)),
+            lambda: gram_and_eigh(short, 1),
+        ),
+    ]
+
+
+# ---- timing ----------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], object], repeat: int) -> float:
+    """Return the least wall time of some runs; one that takes over 20 s is run once."""
+    best = math.inf
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+        if best > 20:
+            break
+    return best
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def measured(case: Case, given: Inputs, repeat: int, most_seconds: float) -> dict[str, Any]:
+    """Time one row; errors where an oracle may take that long."""
+    row: dict[str, Any] = {
+        "method": case.name,
+        "shape": list(given.shape),
+        "experts": len(given.deltas),
+    }
+    case.ours()
+    row["seconds"] = seconds(case.ours, repeat)
+    row["floor_seconds"] = seconds(case.floor, repeat)
+    for name, rival in case.rivals.items():
+        taken = seconds(rival, repeat)
+        if case.steps is not None and case.steps < STEPS:
+            row["steps"] = case.steps
+            taken *= STEPS / case.steps
+        row[name] = taken
+    if case.oracle is not None and given.shape[0] * given.shape[1] <= most_seconds:
+        want = case.oracle()
+        row["error"] = apart(case.ours().double() - given.base.double(), want)
+        for name, rival in case.rivals.items():
+            if case.steps is None or case.steps == STEPS:
+                row[f"{name}_error"] = apart(rival(), want)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row: seconds, ratios, errors."""
+    m, n = row["shape"]
+    text = f"{row['method']:<24} {m:>5} x {n:<5} K={row['experts']}  {row['seconds']:8.3f} s"
+    text += f"  (floor {row['floor_seconds']:.3f} s)"
+    for name in ("fusionbench", "torch"):
+        if name in row:
+            text += f"  {name} {row[name]:.2f} s, {row[name] / row['seconds']:.1f}x"
+            if f"{name}_error" in row:
+                text += f" (error {row[name + '_error']:.1e})"
+    if "error" in row:
+        text += f"  ours {row['error']:.1e}"
+    if "steps" in row:
+        text += f"  [from {row['steps']} of {STEPS} steps]"
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Time all rows and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rivals", type=Path, help="folder with fusion_bench")
+    parser.add_argument(
+        "--methods", nargs="*", default=[], help="rows whose names hold one of these"
+    )
+    parser.add_argument("--experts", type=int, nargs="*", default=list(EXPERTS))
+    parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "svd.json"
+    )
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = FusionBench(options.rivals) if options.rivals else None
+    if bench is None:
+        print("without FusionBench: give --rivals a folder that holds it")
+    rows = []
+    for shape in SHAPES[:1] if options.quick else SHAPES:
+        for n_experts in options.experts:
+            given = inputs(shape, n_experts)
+            large = shape[0] * shape[1] > 2**20
+            for case in cases(given, bench, RANK, 3 if large else 30):
+                if options.methods and not any(part in case.name for part in options.methods):
+                    continue
+                rows.append(measured(case, given, options.repeat, 2**20))
+                show(rows[-1])
+    data = {
+        **environment("fastmerge", "torch"),
+        "threads": torch.get_num_threads(),
+        "rank": RANK,
+        "steps": STEPS,
+        "rows": rows,
+    }
+    if bench is not None:
+        data["versions"]["fusion-bench"] = bench.version
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"wrote {options.results}")
+
+
+if __name__ == "__main__":
+    main()
