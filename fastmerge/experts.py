@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
 from fastmerge.linalg import gram, svd
+from fastmerge.linalg.leading import refined
 from fastmerge.tensors import merge_tensors
 
 if TYPE_CHECKING:
@@ -59,15 +60,10 @@ def merge_experts(
         raise RecipeError(f"rank must be in [1, {m}], the experts' rows, got {rank}")
     if rule is None and rank in (None, m):
         return _average(experts, shares).to(weights[0].dtype)
-    total = gram(experts[0])
-    for expert in experts[1:]:
-        total += gram(expert)
-    values, vectors = torch.linalg.eigh(total)
-    u = vectors.flip(1)[:, :rank].to(experts[0].dtype)
+    s, u = (x.to(experts[0].dtype) for x in _shared_directions(experts, rank or m))
     if rule is None:
         projected: Tensor = u @ (u.mT @ _average(experts, shares))
         return projected.to(weights[0].dtype)
-    s = values.flip(0)[:rank].clamp_min(0).sqrt().to(u.dtype)
     inverse = (s > s[0] * _FLOOR) / s.masked_fill(s == 0, 1)
     right = [inverse[:, None] * (u.mT @ e) for e in experts]
     merged: Tensor = merge_tensors(
@@ -75,6 +71,21 @@ def merge_experts(
     )
     product: Tensor = (u * s) @ merged
     return product.to(weights[0].dtype)
+
+
+def _shared_directions(experts: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading singular values [rank] and left vectors [m, rank] of the experts side by side."""
+    import torch
+
+    if experts[0].dtype is torch.float32:
+        found = refined(experts, rank)
+        if found is not None:
+            return found
+    total = gram(experts[0])
+    for expert in experts[1:]:
+        total += gram(expert)
+    values, vectors = torch.linalg.eigh(total)
+    return values.flip(0)[:rank].clamp_min(0).sqrt(), vectors.flip(1)[:, :rank]
 
 
 #: Singular values below this share of the largest are rounding of the float64 Gram matrix.

@@ -53,6 +53,16 @@ def test_float16_experts_give_float16() -> None:
     assert float((found.double() - want).norm() / want.norm()) < 1e-3
 
 
+@pytest.mark.parametrize("params", [{}, {"rule": "linear"}], ids=str)
+def test_large_float32_experts_share_the_directions_of_float64(params: dict[str, str]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    low = torch.randn(3, 800, 20, generator=generator) @ torch.randn(20, 300, generator=generator)
+    w = low + torch.randn(3, 800, 300, generator=generator)
+    found = ops.merge_experts(w, None, 60, **params)
+    want = ops.merge_experts(w.double(), None, 60, **params)
+    assert float((found.double() - want).norm() / want.norm()) < 1e-5
+
+
 def test_low_rank_and_sparse_parts_add_up() -> None:
     w = experts()[0]
     whole = ops.low_rank_sparse(w, rank=3, keep_rows=1.0)

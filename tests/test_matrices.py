@@ -273,7 +273,7 @@ def test_leading_triples_are_refined(kind: str, shape: tuple[int, int]) -> None:
         u, _, vh = torch.linalg.svd(a, full_matrices=False)
         a = (u * torch.arange(1.0, min(shape) + 1) ** -0.5) @ vh
     wanted = svd(a.double(), k)
-    assert refined(a if m < n else a.mT, k) is not None
+    assert refined([a if m < n else a.mT], k) is not None
     found = svd(a, k)
     assert float((found.s / wanted.s - 1).abs().max()) < 1e-6
     assert apart(found.product().double(), wanted.product()) < 1e-6
@@ -286,10 +286,10 @@ def test_what_float32_cannot_refine_is_decomposed_in_float64() -> None:
     generator = torch.Generator().manual_seed(7)
     u, _, vh = torch.linalg.svd(torch.randn(800, 800, generator=generator))
     a = (u * torch.arange(1.0, 801.0) ** -1.0) @ vh
-    assert refined(a, 50) is not None
-    assert refined(a, 100) is None
-    assert refined(a, 400) is None
-    assert refined(torch.zeros(800, 800), 10) is None
+    assert refined([a], 50) is not None
+    assert refined([a], 100) is None
+    assert refined([a], 400) is None
+    assert refined([torch.zeros(800, 800)], 10) is None
     assert apart(svd(a, 100).product().double(), svd(a.double(), 100).product()) < 1e-6
     assert svd(torch.zeros(800, 800), 10, floor=None).s.tolist() == []
 

@@ -7,7 +7,10 @@ within what they then span leave eps64 of the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from fastmerge.linalg.gram import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,25 +27,34 @@ NEAR = 32.0
 MOST_APART = 1e-2
 
 
-def refined(a: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """Return the k largest singular values and their left vectors, float64 [k] and [m, k], of [m, n], m <= n.
+def refined(parts: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor] | None:
+    """Return the k largest singular values and their left vectors, float64 [k] and [m, k].
 
     None: they are too many, or the values spread too far, for this to be cheaper or right.
+
+    Args:
+        parts: float32 matrices [m, n_i] that lie side by side, the sum of n_i at least m.
     """
     import torch
 
-    m = len(a)
+    m = len(parts[0])
     width = k + max(MORE, int(k * SHARE_MORE))
     if k == 0 or m < LEAST_SIDE or width > m * MOST:
         return None
-    values, vectors = torch.linalg.eigh(a @ a.mT)
+    square = parts[0] @ parts[0].mT
+    for part in parts[1:]:
+        square.addmm_(part, part.mT)
+    values, vectors = torch.linalg.eigh(square)
     values, vectors = values.flip(0), vectors.flip(1)
     if not float(values[k - 1]) > LEAST_RATIO**2 * float(values[0]):
         return None
     lead, rest = vectors[:, :width].double(), vectors[:, width:]
-    wide = a.double()
-    image = wide @ (wide.mT @ lead)
-    lead, image = _closer(a, lead, image, rest, values[width:], values[0])
+    image = torch.zeros_like(lead)
+    for part in parts:
+        for first in range(0, part.shape[1], BLOCK):
+            x = part[:, first : first + BLOCK].double()
+            image.addmm_(x, x.mT @ lead)
+    lead, image = _closer(parts, lead, image, rest, values[width:], values[0])
     g = lead.mT @ lead
     g.diagonal().sub_(1)
     if not float(g.norm()) < MOST_APART:
@@ -58,7 +70,12 @@ def refined(a: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _closer(
-    a: Tensor, lead: Tensor, image: Tensor, rest: Tensor, lower: Tensor, largest: Tensor
+    parts: Sequence[Tensor],
+    lead: Tensor,
+    image: Tensor,
+    rest: Tensor,
+    lower: Tensor,
+    largest: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Add to each leading vector j what it lacks of each other i: v_i^T (G v_j - l_j v_j) / (l_j - l_i).
 
@@ -67,8 +84,10 @@ def _closer(
     import torch
 
     level = (lead * image).sum(0) / (lead * lead).sum(0)
-    residual = (image - lead * level).to(a.dtype)
-    gap = level.to(a.dtype)[None, :] - lower[:, None]
-    known = gap > NEAR * torch.finfo(a.dtype).eps * largest
+    residual = (image - lead * level).to(rest.dtype)
+    gap = level.to(rest.dtype)[None, :] - lower[:, None]
+    known = gap > NEAR * torch.finfo(rest.dtype).eps * largest
     step = rest @ torch.where(known, (rest.mT @ residual) / gap, 0)
-    return lead + step.double(), image + (a @ (a.mT @ step)).double()
+    for part in parts:
+        image = image + part @ (part.mT @ step)
+    return lead + step, image

@@ -113,7 +113,7 @@ def svd(
 
     if route == "auto" and rank is not None and a.dtype is torch.float32 and rank < min(a.shape):
         wide = len(a) <= a.shape[1]
-        found = refined(a if wide else a.mT, rank)
+        found = refined([a if wide else a.mT], rank)
         if found is not None and (floor is None or floor < LEAST_RATIO):
             s, u = found[0].to(a.dtype), found[1].to(a.dtype)
             other = (u.mT @ (a if wide else a.mT)) / s[:, None]
