@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
 from fastmerge.linalg import gram, svd
 from fastmerge.linalg.leading import refined
+from fastmerge.registry import get
 from fastmerge.tensors import merge_tensors
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ def merge_experts(
         return projected.to(weights[0].dtype)
     inverse = (s > s[0] * _FLOOR) / s.masked_fill(s == 0, 1)
     right = [inverse[:, None] * (u.mT @ e) for e in experts]
-    merged: Tensor = merge_tensors(
-        torch.zeros_like(right[0]), right, method=rule, weight=shares, **params
-    )
+    origin = None if get(rule).base == "ignored" else torch.zeros_like(right[0])
+    merged: Tensor = merge_tensors(origin, right, method=rule, weight=shares, **params)
     product: Tensor = (u * s) @ merged
     return product.to(weights[0].dtype)
 
