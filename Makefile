@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.ready
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: venv demo test test-all lint bench clean
+.PHONY: venv demo test test-all lint bench bench-svd accuracy clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,16 @@ bench: venv
 	$(BIN)/python benchmarks/bench_merge.py
 	$(BIN)/python benchmarks/bench_merge.py --cold
 	$(BIN)/python benchmarks/bench_merge.py --sweep
+	$(BIN)/python benchmarks/report.py
+
+# FusionBench's functions are what it is compared with; they stay out of the environment.
+bench-svd: venv
+	test -d build/rivals || $(BIN)/pip install -q --no-deps --target build/rivals fusion-bench
+	$(BIN)/python benchmarks/bench_svd.py --rivals build/rivals
+	$(BIN)/python benchmarks/report.py
+
+accuracy: venv
+	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

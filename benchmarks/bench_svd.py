@@ -106,7 +106,7 @@ def oracle(method: str, deltas: list[Tensor], **params: Any) -> Callable[[], Ten
     resolved = keyword_params(spec, len(deltas), True, params)
 
     def run() -> Tensor:
-        context = TensorContext("w", tuple(deltas[0].shape), len(deltas), deltas[0].numel())
+        context = TensorContext("w", tuple(deltas[0].shape), len(deltas), n_model=deltas[0].numel())
         assert spec.oracle is not None
         wide = [d.double() for d in deltas]
         return spec.oracle(torch.zeros_like(wide[0]), wide, resolved, context)
@@ -220,8 +220,8 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def measured(case: Case, given: Inputs, repeat: int, most_seconds: float) -> dict[str, Any]:
-    """Time one row; errors where an oracle may take that long."""
+def measured(case: Case, given: Inputs, repeat: int, most_elements: int) -> dict[str, Any]:
+    """Time one row; errors of matrices up to that many elements."""
     row: dict[str, Any] = {
         "method": case.name,
         "shape": list(given.shape),
@@ -236,7 +236,7 @@ def measured(case: Case, given: Inputs, repeat: int, most_seconds: float) -> dic
             row["steps"] = case.steps
             taken *= STEPS / case.steps
         row[name] = taken
-    if case.oracle is not None and given.shape[0] * given.shape[1] <= most_seconds:
+    if case.oracle is not None and given.shape[0] * given.shape[1] <= most_elements:
         want = case.oracle()
         row["error"] = apart(case.ours().double() - given.base.double(), want)
         for name, rival in case.rivals.items():
@@ -296,6 +296,7 @@ def main() -> None:
         **environment("fastmerge", "torch"),
         "threads": torch.get_num_threads(),
         "rank": RANK,
+        "repeat": options.repeat,
         "steps": STEPS,
         "rows": rows,
     }

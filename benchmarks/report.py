@@ -1,7 +1,7 @@
-"""Render the README's tables: methods from the registry, speeds from benchmarks/results/*.json.
+"""Render the documents' tables: methods from the registry, figures from benchmarks/results/*.json.
 
-python benchmarks/report.py            rewrite README.md between its markers
-python benchmarks/report.py --check    exit 1 if a table in README.md is not what would be rendered
+python benchmarks/report.py            rewrite README.md and docs/ between their markers
+python benchmarks/report.py --check    exit 1 if a table there is not what would be rendered
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import gpu_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "svd.md")
 MARKER = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 Row = dict[str, Any]
@@ -311,6 +312,57 @@ def gpu_tables() -> str:
     return results("gpu-*.json", gpu_table)() or modelled_gpu_table()
 
 
+def svd_table(data: Row) -> list[str]:
+    """One matrix through methods that decompose, beside FusionBench's functions and plain torch."""
+
+    def rival(name: str) -> Callable[[Row], str]:
+        def say(r: Row) -> str:
+            scaled = f" ({r['steps']} of {data['steps']} steps, scaled)" if "steps" in r else ""
+            return f"{r[name]:.3g} s, {r[name] / r['seconds']:.1f}x{scaled}"
+
+        return say
+
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("matrix", lambda r: f"{r['shape'][0]} x {r['shape'][1]}"),
+        ("experts", lambda r: str(r["experts"])),
+        ("fastmerge", lambda r: f"{r['seconds']:.3g} s"),
+        ("of it LAPACK and BLAS at least", lambda r: f"{r['floor_seconds']:.3g} s"),
+        ("FusionBench", rival("fusionbench")),
+        ("plain torch", rival("torch")),
+        ("error", lambda r: f"{r['error']:.1e}"),
+        ("FusionBench's", lambda r: f"{r['fusionbench_error']:.1e}"),
+        ("torch's", lambda r: f"{r['torch_error']:.1e}"),
+    ]
+    what = (
+        f"float32, {data['threads']} threads, best of {data['repeat']} runs; adapters of rank "
+        f"{data['rank']}; errors against float64"
+    )
+    return [provenance(data, what), *table(columns, data["rows"])]
+
+
+def accuracy_table(data: Row) -> list[str]:
+    """The worst error of each primitive and method by kind of input, beside what is claimed."""
+    items: dict[str, Row] = {}
+    for row in data["rows"]:
+        items.setdefault(row["item"], {})[row["kind"]] = row
+
+    def cell(kind: str) -> Callable[[Row], str]:
+        return lambda r: f"{r['of'][kind]['worst']:.0e} ({r['of'][kind]['claim']:.0e})"
+
+    columns: list[Column] = [("of", lambda r: r["name"])]
+    columns += [(kind, cell(kind)) for kind in data["kinds"]]
+    shapes = ", ".join(f"{m} x {n}" for m, n in data["shapes"])
+    what = (
+        f"the worst relative error (what is claimed), float32 against float64; {shapes}, refined: "
+        f"{' x '.join(map(str, data['large']))}, {data['seeds']} seeds; methods: "
+        f"{' and '.join(map(str, data['experts']))} experts"
+    )
+    kinds = "; ".join(f"{kind}: {said}" for kind, said in data["kinds"].items())
+    rows = [{"name": name, "of": of} for name, of in items.items()]
+    return [provenance(data, what), *table(columns, rows), f"\n{kinds}."]
+
+
 def results(pattern: str, render: Callable[[Row], list[str]]) -> Callable[[], str]:
     """Return a renderer of all result files of a pattern; nothing where there are none."""
 
@@ -331,6 +383,8 @@ TABLES = {
     "simulated": results("simulated.json", simulated_table),
     "coded": results("coded.json", coded_table),
     "ops": results("ops.json", ops_table),
+    "svd_speed": results("svd.json", svd_table),
+    "svd_accuracy": results("accuracy_svd.json", accuracy_table),
 }
 
 
@@ -345,16 +399,18 @@ def render(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = render(text)
-    if parser.parse_args().check:
-        if text != wanted:
+    check = parser.parse_args().check
+    for document in DOCUMENTS:
+        text = document.read_text()
+        wanted = render(text)
+        if text == wanted:
+            continue
+        if check:
+            name = document.relative_to(ROOT)
             sys.exit(
-                "README.md: a table was edited by hand or is stale; run python benchmarks/report.py"
+                f"{name}: a table was edited by hand or is stale; run python benchmarks/report.py"
             )
-        return
-    readme.write_text(wanted)
+        document.write_text(wanted)
 
 
 if __name__ == "__main__":
