@@ -7,7 +7,7 @@ method or a file.
 """
 
 from fastmerge.linalg.factored import Term, factored_svd
-from fastmerge.linalg.gram import gram
+from fastmerge.linalg.gram import gram, inner
 from fastmerge.linalg.polar import Polar, polar
 from fastmerge.linalg.randomized import Truncated, truncated_svd
 from fastmerge.linalg.svd import EPS, SVD, Spectrum, spectrum, svd
@@ -21,6 +21,7 @@ __all__ = [
     "Truncated",
     "factored_svd",
     "gram",
+    "inner",
     "polar",
     "spectrum",
     "svd",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastmerge.linalg.gram import gram
+from fastmerge.linalg.gram import gram, times
 from fastmerge.linalg.svd import EPS
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _by_gram(a: Tensor, floor: float) -> Polar:
     kept = s > floor * s[-1]
     v, rank = vectors[:, kept], int(kept.sum())
     root = (v / s[kept]) @ v.mT
-    q = (root @ a.to(torch.float64)).to(a.dtype)
+    q = times(lambda columns: root @ columns, a)
     return Polar(q, rank, _error(q, rank), "gram")
 
 
@@ -152,7 +152,8 @@ def _newton(a: Tensor, floor: float, tolerance: float) -> Polar | None:
         inverse = torch.linalg.inv(x)
     q = x
     if factor is not None:
-        q = x @ torch.linalg.solve_triangular(factor, a.to(torch.float64), upper=False).to(a.dtype)
+        lower = factor
+        q = x @ times(lambda c: torch.linalg.solve_triangular(lower, c, upper=False), a)
     g = q @ q.mT
     before = _from_one(g)
     while (

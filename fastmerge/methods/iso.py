@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, SVD, polar, svd
+from fastmerge.linalg import EPS, SVD, inner, polar, svd
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
@@ -61,7 +61,7 @@ def iso_c(params: Params, deltas: Deltas) -> Add:
         q, rank, _, _, _ = polar(
             total, floor=None if stable else 0.0, route="auto" if stable else "svd"
         )
-        mass = float((q.double() * total.double()).sum())
+        mass = inner(q, total)
     divisor = min(deltas.shape) if params.iso_divisor == "side" else max(1, rank)
     return Add(q, params.lambda_ * mass / divisor)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.linalg import EPS, spectrum
+from fastmerge.linalg import EPS, inner, spectrum
 from fastmerge.methods.matrices import LAMBDA, POLICY, shape_of
 from fastmerge.registry import Cost, Param, Params, Recipe, Scope, TensorContext, method
 from fastmerge.stages import Add, Deltas, Joined, Matrices
@@ -65,7 +65,7 @@ def opcm(params: Params, context: TensorContext) -> Recipe:
     deltas: Deltas = yield Matrices(shape or (1, context.n))
     total, squares = _accumulated(deltas, params, decompose=shape is not None)
     answer: Mapping[str, Any] = yield Joined(
-        (squares, _square(total)), lambda values: _joined(values, params)
+        (squares, inner(total, total)), lambda values: _joined(values, params)
     )
     return Add(total, params.lambda_ * answer["scale"])
 
@@ -73,12 +73,12 @@ def opcm(params: Params, context: TensorContext) -> Recipe:
 def _accumulated(deltas: Deltas, params: Params, decompose: bool) -> tuple[Tensor, list[float]]:
     """Return Y, and each delta's square."""
     total = deltas[0]
-    squares = [_square(total)]
+    squares = [inner(total, total)]
     if params.merged_experts:
         total = total * params.merged_lambda
     for k in range(1, len(deltas)):
         delta = deltas[k]
-        squares.append(_square(delta))
+        squares.append(inner(delta, delta))
         total = total + (apart_from(total, delta, params.alpha) if decompose else delta)
     return total, squares
 
@@ -103,12 +103,6 @@ def _leading(s: Tensor, alpha: float) -> int:
     """Return how many of the largest values sum to at most alpha of all."""
     shares = s.double().cumsum(0)
     return int((shares <= alpha * shares[-1]).sum()) if len(s) else 0
-
-
-def _square(x: Tensor) -> float:
-    import torch
-
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _joined(values: Sequence[tuple[list[float], float]], params: Params) -> dict[str, Any]:

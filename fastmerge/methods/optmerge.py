@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import spectrum, svd
+from fastmerge.linalg import inner, spectrum, svd
 from fastmerge.linalg.quadratic import filtered, heavy_ball
 from fastmerge.methods.matrices import (
     LAMBDA,
@@ -52,7 +52,7 @@ def optmerge(params: Params, deltas: Deltas) -> Add:
     for k, factor in enumerate(params.weight):
         delta = deltas[k] * factor
         triples = svd(delta, rank, floor=None)
-        share = 1 / (float((delta.double() ** 2).sum()) or 1.0)
+        share = 1 / (inner(delta, delta) or 1.0)
         s = triples.s.double()
         u.append(triples.u)
         v.append(triples.vh)

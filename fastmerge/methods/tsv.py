@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, polar
+from fastmerge.linalg import EPS, inner, polar
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
@@ -97,7 +97,7 @@ def tails(delta: Tensor) -> tuple[float, float]:
 
     sizes = delta.abs()
     mean = float(sizes.mean(dtype=torch.float64))
-    square = float(torch.linalg.vector_norm(sizes, dtype=torch.float64)) ** 2 / sizes.numel()
+    square = inner(delta, delta) / sizes.numel()
     deviation = math.sqrt(max(square - mean * mean, 0.0))
     beyond = sizes[sizes > mean + 3 * deviation]
     below = int((sizes < mean).sum()) / sizes.numel()

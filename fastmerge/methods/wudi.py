@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastmerge.linalg import gram, inner
 from fastmerge.linalg.quadratic import adam, filtered
 from fastmerge.methods.matrices import (
     LAMBDA,
@@ -100,13 +101,11 @@ def quadratic_of(
 
     A delta of zeros has no share in C and D.
     """
-    from fastmerge.linalg import gram
-
     start = c = d = None
     for k, factor in enumerate(weight):
         delta = deltas[k] * factor
         delta = delta.double() if exact else delta
-        square = float((delta.double() ** 2).sum())
+        square = inner(delta, delta)
         own = gram(delta.mT)
         own /= square or 1.0
         pulled = delta @ own.to(delta.dtype)
