@@ -7,6 +7,8 @@ fastmerge.merge_state_dicts(base, [a, b], method="ties")    whole state dicts in
 fastmerge.quantize_4bit(w, "nf4"), dequantize_4bit(q)       tensors as codes of a few bits
 fastmerge.merge_to_4bit(base, [a, b], method="ties")        merged and coded in one pass
 fastmerge.pack(model, base, "out", strategy="graft")        what a model changes, compressed
+fastmerge.extract_lora(base, tuned, "out", rank=16)         what a model changes, as an adapter
+fastmerge.merge_adapters([a, b], "out", weights=0.5)        LoRA adapters made into one
 fastmerge.list_methods()                                    every method with its parameters
 fastmerge.ops                                               statistics, masks and the fused walk
 """
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from fastmerge.coded_tensors import dequantize_4bit as dequantize_4bit
     from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
     from fastmerge.errors import MergeError as MergeError
+    from fastmerge.lora import extract_lora as extract_lora
+    from fastmerge.lora import merge_adapters as merge_adapters
     from fastmerge.packs import apply_packs as apply_packs
     from fastmerge.packs import open_pack as open_pack
     from fastmerge.packs import pack as pack
@@ -49,6 +53,8 @@ _HOMES = {
     "LoraTensor": ("fastmerge.coded_tensors", "LoraTensor"),
     "QuantTensor": ("fastmerge.coded_tensors", "QuantTensor"),
     "plan": ("fastmerge.api", "plan"),
+    "extract_lora": ("fastmerge.lora", "extract_lora"),
+    "merge_adapters": ("fastmerge.lora", "merge_adapters"),
     "pack": ("fastmerge.packs", "pack"),
     "apply_packs": ("fastmerge.packs", "apply_packs"),
     "open_pack": ("fastmerge.packs", "open_pack"),
@@ -65,8 +71,10 @@ __all__ = [
     "QuantTensor",
     "apply_packs",
     "dequantize_4bit",
+    "extract_lora",
     "list_methods",
     "merge",
+    "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
     "merge_to_4bit",

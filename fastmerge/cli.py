@@ -20,6 +20,7 @@ from fastmerge.errors import MergeError
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
+    from fastmerge.lora import LoraReport
     from fastmerge.planner import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -459,6 +460,132 @@ def revert_command(pack: str, model: str, base: str, out: str, quiet: bool, **op
         report = revert(pack, model, base, out, progress=progress, **options)
     if not quiet:
         click.echo(summaries.applied(report))
+
+
+def _lora_options(function: F) -> F:
+    options = [
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+                     help="Type of the factors."),
+        click.option("--seed", default=0, show_default=True, help="Seed of decompositions and drops."),
+        click.option("--overwrite", is_flag=True, help="Replace an adapter in OUT."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _lora_report(report: LoraReport, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if not quiet:
+        click.echo(summaries.lora_table(report))
+
+
+@main.command("extract-lora")
+@click.argument("base", type=click.Path(exists=True))
+@click.argument("tuned", type=click.Path(exists=True))
+@click.argument("out", type=click.Path())
+@click.option("--rank", type=int, metavar="R", help="Singular triples of each change.")
+@click.option("--error", type=float, metavar="E",
+              help="Least rank that leaves at most this share of a change's norm.")  # fmt: skip
+@click.option("--energy", type=float, metavar="E",
+              help="Least rank that keeps this share of a change's squared norm.")  # fmt: skip
+@click.option(
+    "--max-rank", type=int, metavar="R", help="With a target, the most; alone, as --rank."
+)
+@click.option("--sv-epsilon", default=0.0, help="Leave out singular values up to this.")
+@click.option("-i", "--include", "--include-regex", "include", multiple=True, metavar="REGEX",
+              help="Only modules whose name it finds; repeatable.")  # fmt: skip
+@click.option("-e", "--exclude", "--exclude-regex", "exclude", multiple=True, metavar="REGEX",
+              help="No modules whose name it finds; repeatable.")  # fmt: skip
+@click.option("--save-modules", "--save-module", "saved", multiple=True, metavar="NAME",
+              help="What is kept whole: changed (all that is no linear layer and changed), none, or "
+              "modules of this name; repeatable.  [default: changed]")  # fmt: skip
+@click.option("--exact", is_flag=True, help="Decompose in full.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME",
+              help="Where matrices are decomposed.")  # fmt: skip
+@_lora_options
+def extract_lora_command(
+    base: str,
+    tuned: str,
+    out: str,
+    saved: tuple[str, ...],
+    dtype: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Write what TUNED changes of BASE as a LoRA adapter that peft loads, to the folder OUT."""
+    from fastmerge.lora import extract_lora
+
+    names: Any = saved if len(saved) > 1 else (saved or ("changed",))[0]
+    with _bar(quiet) as progress:
+        report = extract_lora(
+            base,
+            tuned,
+            out,
+            dtype=dtype or "float32",
+            save_modules=names,
+            progress=progress,
+            **options,
+        )
+    _lora_report(report, quiet, as_json)
+
+
+@main.command("merge-adapters")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True))
+@click.argument("out", type=click.Path())
+@click.option(
+    "--weights", required=True, metavar="W,W", help="One for each adapter, or one for all."
+)
+@click.option("--combination", default="svd", show_default=True, metavar="KIND",
+              help="As in peft's add_weighted_adapter: svd, linear, cat, ties, dare_linear, dare_ties, "
+              "magnitude_prune; ties_svd, dare_linear_svd, dare_ties_svd, "
+              "magnitude_prune_svd.")  # fmt: skip
+@click.option("--rank", type=int, metavar="R",
+              help="Of the result, for kinds in svd.  [default: the largest of the adapters']")  # fmt: skip
+@click.option(
+    "--density", type=float, metavar="D", help="Share of values kept by ties, dare, prune."
+)
+@click.option("--majority-sign", type=click.Choice(["total", "frequency"]), default="total",
+              show_default=True, help="What elects a sign.")  # fmt: skip
+@click.option("--scaling-power", type=click.Choice(["1", "2"]), default="1",
+              help="2: alpha / r twice, as older releases of peft did.")  # fmt: skip
+@_lora_options
+def merge_adapters_command(
+    adapters: tuple[str, ...],
+    out: str,
+    weights: str,
+    scaling_power: str,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Merge LoRA ADAPTERS into one, in the folder OUT, without their base."""
+    from fastmerge.errors import RecipeError
+    from fastmerge.lora import merge_adapters
+
+    try:
+        numbers = [float(text) for text in weights.split(",")]
+    except ValueError:
+        raise RecipeError(
+            f"--weights must be numbers with commas between, got {weights!r}"
+        ) from None
+    with _bar(quiet) as progress:
+        report = merge_adapters(
+            adapters,
+            out,
+            weights=numbers[0] if len(numbers) == 1 else numbers,
+            scaling_power=int(scaling_power),
+            progress=progress,
+            **options,
+        )
+    _lora_report(report, quiet, as_json)
 
 
 @main.command()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastmerge.engine import Report
     from fastmerge.forecast import Forecast
+    from fastmerge.lora import LoraReport
     from fastmerge.packs import ApplyReport, PackReport
     from fastmerge.planner import Plan
 
@@ -54,6 +56,45 @@ def pack_table(report: PackReport) -> str:
         f"{report.seconds:.2f} s ({size(rate)}/s read)"
     )
     return "\n".join(lines)
+
+
+def lora_table(report: LoraReport) -> str:
+    """Return rank and residual of each module of an adapter, and what has no part in it."""
+    widest = max([6, *(len(m.module) for m in report.modules)])
+    lines = [f"{'module':<{widest}}  {'shape':>13}  {'rank':>5}  {'norm':>9}  {'residual':>8}"]
+    for m in report.modules:
+        shape = " x ".join(map(str, m.shape))
+        norm = "-" if m.norm is None else f"{m.norm:.4g}"
+        row = f"{m.module:<{widest}}  {shape:>13}  {m.rank:>5}  {norm:>9}  {_share(m.residual):>8}"
+        lines.append(f"{row}  {m.note}".rstrip())
+    ranks = [m.rank for m in report.modules]
+    mean = f"{sum(ranks) / len(ranks):.4g}"
+    total = f"all {len(ranks)}, mean rank"
+    lines.append(f"{total:<{widest + 15}}  {mean:>5}  {'':>9}  {_share(report.residual):>8}")
+    lines += _named("kept whole", report.saved)
+    for reason in dict.fromkeys(report.skipped.values()):
+        names = [n for n, why in report.skipped.items() if why == reason]
+        lines += _named(f"left out, {reason}", names)
+    if report.unchanged:
+        lines.append(f"as in the base: {report.unchanged} tensors")
+    lines.append(
+        f"wrote {report.out}: {size(report.bytes_written)} of {size(report.bytes_read)} read, in "
+        f"{duration(report.seconds)}"
+    )
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _named(what: str, names: Sequence[str], most: int = 4) -> list[str]:
+    """Return a line with the first names and the number of others; none for none."""
+    if not names:
+        return []
+    shown = names[:most]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{what}: {', '.join(shown)}{more}"]
 
 
 def applied(report: ApplyReport) -> str:

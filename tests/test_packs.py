@@ -570,7 +570,7 @@ def test_an_index_outside_the_tensor_is_refused(
     pack = packed(models, tmp_path / "pack", "mcsmoe", keep_rows=0.04)
     rows = torch.tensor(index, dtype=torch.int32)
     _restore(pack, lambda s: s.update({f"{Q}:1.index": rows}))
-    from fastmerge.packs.tensors import checksum_of
+    from fastmerge.stored_tensors import checksum_of
 
     total = f"{checksum_of(rows):016x}"
     _edit(lambda c: c["modules"][Q]["terms"][1]["checksums"].update(index=total))(pack)

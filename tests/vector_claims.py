@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from lora_claims import LORA
 from pack_claims import PACKS
 from spectral_claims import SPECTRAL
 from torch import Tensor
@@ -276,6 +277,7 @@ CLAIMS: dict[tuple[str, str], Callable[[Case], Checks]] = {
     ("sce", "*"): _sce({"preset": "paper"}),
     **SPECTRAL,
     **PACKS,
+    **LORA,
 }
 
 #: (file or folder, case or *) -> why no method of ours claims it.
@@ -290,7 +292,6 @@ UNCLAIMED: dict[tuple[str, str], str] = {
     ("localize_stitch", "*"): "Localize-and-Stitch is not implemented",
     ("magmax", "*"): "MagMax is not implemented",
     ("pcb", "*"): "PCB-Merging is not implemented",
-    ("peft_lora", "*"): "merging of PEFT adapters is not implemented",
     ("widen", "*"): "WIDEN is not implemented",
     ("spectral_misc", "adarank_*"): "AdaRank is not implemented",
     ("svd", "*"): "this method of the SVD family is not implemented",

@@ -27,7 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 _REMEDY = "merge it into its base with peft's merge_and_unload() and give the result"
 
-_PREFIX = "base_model.model."  # of the model inside peft's own
+PREFIX = "base_model.model."  # of the model inside peft's own
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 _FACTOR_TYPES = (DType.F32, DType.F16, DType.BF16)
@@ -126,7 +126,7 @@ def read_adapter(path: Path | str) -> Adapter:
     factors: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for stored, info in read_header(file).tensors.items():
-        name = stored.removeprefix(_PREFIX)
+        name = stored.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(name):
             key, known = match["factor"], factors.setdefault(match["module"], {})
         elif ".lora_" in f".{name}":

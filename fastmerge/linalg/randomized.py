@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg.svd import SVD, spectrum, svd
+from fastmerge.linalg.svd import EPS, SVD, spectrum, svd
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 #: Steps of subspace iteration; the second where singular values decay slower than i^-FLAT near the cut.
 STEPS = 2
 STEPS_IF_FLAT = 4
-FLAT = 0.9
+FLAT = 1.25
 
 #: Columns of the first sketch where a target decides the rank.
 FIRST_WIDTH = 64
 
-#: Below this squared share of the norm, a difference of float32 norms is their rounding.
-_LEAST_DIFFERENCE = 1e-4
+#: Below this squared share of the norm, a difference of norms is their rounding; by bytes of an element.
+_LEAST_DIFFERENCE = {4: 1e-4, 8: 1e-10}
+
+#: Singular values below this many eps of the largest are rounding of the matrix itself.
+_NOISE = 4
 
 _BLOCK_ROWS = 1024
 
@@ -51,7 +54,8 @@ def truncated_svd(
     seed: int = 0,
     exact: bool = False,
 ) -> Truncated:
-    """Return the leading singular triples: `rank` of them, or as few as leave no more than a target.
+    """Return the leading singular triples: `rank` of them, or as few as leave no more than a target, and
+    none that is rounding of the matrix.
 
     Where singular values decay like i^-0.5 or faster, the residual is at most 1.01 of the least that a
     matrix of that rank can leave. ||a - Q Q^T a||_F^2 = ||a||_F^2 - ||Q^T a||_F^2 in float64 says what it
@@ -81,7 +85,7 @@ def truncated_svd(
         if exact or too_fine or 2 * width >= least:
             return _exact(a, limit, target, total)
         found = _sketched(a, start, steps)
-        k = _cut(found.s, limit, target, total)
+        k = _cut(a, found.s, limit, target, total)
         if width >= most or k + oversampling(k) <= width:
             break
         # What is known already converges at once; the new columns need the steps.
@@ -141,11 +145,23 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _sketched(a: Tensor, start: Tensor, steps: int | None) -> SVD:
     """Return triples of the matrix within the range that products with `start` span."""
     q = _iterated(a, _orthonormal(a @ start), STEPS if steps is None else steps)
-    inner = svd(q.mT @ a)
+    inner = _wide_svd(q.mT @ a)
     if steps is None and _is_flat(inner.s):
         q = _iterated(a, q, STEPS_IF_FLAT - STEPS)
-        inner = svd(q.mT @ a)
+        inner = _wide_svd(q.mT @ a)
     return SVD(q @ inner.u, inner.s, inner.vh)
+
+
+def _wide_svd(b: Tensor) -> SVD:
+    """Return all triples of a matrix [l, n], l <= n, decomposed in float64 by way of its triangular factor.
+
+    In float32, or by way of a Gram matrix, directions far below the largest would not be orthogonal.
+    """
+    import torch
+
+    q, r = torch.linalg.qr(b.double().mT)
+    u, s, vh = svd(r.mT, route="lapack")
+    return SVD(*(x.to(b.dtype) for x in (u, s, vh @ q.mT)))
 
 
 def _iterated(a: Tensor, q: Tensor, steps: int) -> Tensor:
@@ -161,9 +177,10 @@ def _is_flat(s: Tensor) -> bool:
     return float(s[k // 2]) < 2**FLAT * float(s[k - 1])
 
 
-def _cut(s: Tensor, limit: int, target: float | None, total: float) -> int:
+def _cut(a: Tensor, s: Tensor, limit: int, target: float | None, total: float) -> int:
     """Return the least rank whose residual is within the target; the limit where none is, or without one."""
-    limit = min(limit, len(s))
+    known = int((s > _NOISE * EPS[a.element_size()] * s[0]).sum())
+    limit = min(limit, max(known, 1))
     if target is None:
         return limit
     left = total - s.double().square().cumsum(0)
@@ -172,15 +189,13 @@ def _cut(s: Tensor, limit: int, target: float | None, total: float) -> int:
 
 def _exact(a: Tensor, limit: int, target: float | None, total: float) -> Truncated:
     known = spectrum(a)
-    # What is below is rounding of the matrix: no share of it is asked for, and none is missed.
-    limit = min(limit, max(known.rank(), 1))
-    k = _cut(known.s, limit, target, total)
+    k = _cut(a, known.s, limit, target, total)
     left = math.sqrt(float(known.s[k:].square().sum()))
     return Truncated(known.top(k), math.sqrt(total), left / math.sqrt(total), True)
 
 
 def _residual(a: Tensor, kept: SVD, total: float) -> float:
     share = max(1 - float(kept.s.double().square().sum()) / total, 0.0)
-    if a.element_size() == 4 and share < _LEAST_DIFFERENCE:
+    if share < _LEAST_DIFFERENCE[a.element_size()]:
         share = squared_distance(a, kept.u * kept.s, kept.vh) / total
     return math.sqrt(share)

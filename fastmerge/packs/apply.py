@@ -20,10 +20,12 @@ from fastmerge.checkpoint.durable import disk_errors, write_at
 from fastmerge.checkpoint.folder import CONFIG
 from fastmerge.checkpoint.wording import place, shown
 from fastmerge.errors import CheckpointError, ConflictError, NonFiniteError, RecipeError
-from fastmerge.packs.build import Progress
 from fastmerge.packs.format import PACK, Module
 from fastmerge.packs.reading import Pack, open_pack
-from fastmerge.packs.tensors import (
+from fastmerge.packs.terms import Term, add_term, scaled
+from fastmerge.packs.writing import PackWriter
+from fastmerge.stored_tensors import (
+    Progress,
     bytes_of,
     checksum_of,
     info_of,
@@ -32,8 +34,6 @@ from fastmerge.packs.tensors import (
     read_tensor,
     wide,
 )
-from fastmerge.packs.terms import Term, add_term, scaled
-from fastmerge.packs.writing import PackWriter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,25 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import Checkpoint, parse_size
 from fastmerge.checkpoint.wording import shown
-from fastmerge.errors import ConflictError, DeviceError
+from fastmerge.errors import ConflictError
 from fastmerge.packs.strategies import Twin, make_strategy, options_of
-from fastmerge.packs.tensors import (
+from fastmerge.packs.terms import Term, change_of
+from fastmerge.packs.writing import PackWriter
+from fastmerge.stored_tensors import (
+    Progress,
     bytes_of,
     change,
-    check_family,
+    check_device,
     checksum_of,
     info_of,
     open_dense,
     read_tensor,
 )
-from fastmerge.packs.terms import Term, change_of
-from fastmerge.packs.writing import PackWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Called with (tensor name, bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -259,12 +257,23 @@ def expert_names(paths: Sequence[Path]) -> list[str]:
     return found
 
 
-def check_device(device: str) -> None:
-    """Raise DeviceError unless torch can compute there."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeviceError(f"device {device!r} cannot be used: {reason}") from None
+def check_family(base: Checkpoint, model: Checkpoint) -> None:
+    """Raise ConflictError unless two models have tensors of the same names, shapes and types."""
+    for name in (*base.tensors, *model.tensors):
+        if name not in model.tensors or name not in base.tensors:
+            has, lacks = (base, model) if name in base.tensors else (model, base)
+            raise ConflictError(
+                f"{has} has {shown(name)} but {lacks} does not; a pack needs models of one architecture, "
+                "with heads tied in both or in neither"
+            )
+        b, e = base.tensors[name], model.tensors[name]
+        if b.shape != e.shape:
+            raise ConflictError(
+                f"{shown(name)} is {list(b.shape)} in {base} but {list(e.shape)} in {model}; a pack needs "
+                "models of one vocabulary and architecture"
+            )
+        if b.dtype.is_merged != e.dtype.is_merged:
+            raise ConflictError(
+                f"{shown(name)} is {b.dtype.torch} in {base} but {e.dtype.torch} in {model}; store both in "
+                "one type"
+            )

@@ -11,8 +11,8 @@ from fastmerge.checkpoint.files import read_json_object
 from fastmerge.checkpoint.wording import place, shown
 from fastmerge.errors import CheckpointError
 from fastmerge.packs.format import PACK, Manifest, StoredTerm, parse_manifest, stored_name
-from fastmerge.packs.tensors import checksum_of, read_tensor
 from fastmerge.packs.terms import Term, part_specs
+from fastmerge.stored_tensors import checksum_of, read_tensor
 
 _AGAIN = "the pack is damaged, make or download it again"
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import RecipeError
 from fastmerge.linalg.tiny import principal
-from fastmerge.packs.build import PackReport, Progress, check_device, write_pack
+from fastmerge.packs.build import PackReport, write_pack
 from fastmerge.packs.few_bits import encode
 from fastmerge.packs.strategies import Strategy, balanced, options_from, options_of
 from fastmerge.packs.terms import Term, TermInfo, raw
+from fastmerge.stored_tensors import Progress, check_device
 
 if TYPE_CHECKING:
     from torch import Tensor

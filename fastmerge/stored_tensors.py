@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmerge.checkpoint import Checkpoint, TensorInfo, word_bytes
+from fastmerge.checkpoint import Checkpoint, OutputTensor, TensorInfo, plan_layout, word_bytes
 from fastmerge.checkpoint.checksum import checksum
+from fastmerge.checkpoint.durable import create, disk_errors, write_all, write_at
 from fastmerge.checkpoint.files import opened
 from fastmerge.checkpoint.wording import place, reason, shown
-from fastmerge.dtypes import DType
-from fastmerge.errors import CheckpointError, ConflictError, NonFiniteError
+from fastmerge.dtypes import BY_TORCH, DType
+from fastmerge.errors import CheckpointError, DeviceError, NonFiniteError
 from fastmerge.quant.opening import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Called with (tensor name, bytes done, bytes in all).
+Progress = Callable[[str, int, int], None]
 
 
 def open_dense(path: Path | str) -> Checkpoint:
@@ -107,30 +112,44 @@ def change(base: Tensor, expert: Tensor, name: str, model: object) -> Tensor:
     return delta
 
 
-def check_family(base: Checkpoint, model: Checkpoint) -> None:
-    """Raise ConflictError unless two models have tensors of the same names, shapes and types."""
-    for name in (*base.tensors, *model.tensors):
-        if name not in model.tensors or name not in base.tensors:
-            has, lacks = (base, model) if name in base.tensors else (model, base)
-            raise ConflictError(
-                f"{has} has {shown(name)} but {lacks} does not; a pack needs models of one architecture, "
-                "with heads tied in both or in neither"
-            )
-        b, e = base.tensors[name], model.tensors[name]
-        if b.shape != e.shape:
-            raise ConflictError(
-                f"{shown(name)} is {list(b.shape)} in {base} but {list(e.shape)} in {model}; a pack needs "
-                "models of one vocabulary and architecture"
-            )
-        if b.dtype.is_merged != e.dtype.is_merged:
-            raise ConflictError(
-                f"{shown(name)} is {b.dtype.torch} in {base} but {e.dtype.torch} in {model}; store both in "
-                "one type"
-            )
-
-
 def narrowed(values: Tensor, dtype: DType) -> Tensor:
     """Return values in a stored type."""
     import torch
 
     return values.to(getattr(torch, dtype.torch))
+
+
+def dtype_of(tensor: Tensor) -> DType:
+    """Return a tensor's element type."""
+    return BY_TORCH[str(tensor.dtype).removeprefix("torch.")]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Create a safetensors file, wait until it is on the disk, and return its bytes.
+
+    Raises:
+        CheckpointError: the disk cannot take it.
+    """
+    outputs = [OutputTensor(n, dtype_of(t), tuple(t.shape)) for n, t in tensors.items()]
+    shard = plan_layout(outputs, 2**62, metadata).shards[0]
+    with disk_errors(path, shard.size):
+        fd = create(path)
+        try:
+            write_all(fd, shard.header)
+            for name, info in shard.tensors.items():
+                write_at(fd, bytes_of(tensors[name]), info.offset)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return shard.size
+
+
+def check_device(device: str) -> None:
+    """Raise DeviceError unless torch can compute there."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device {device!r} cannot be used: {reason}") from None
