@@ -177,29 +177,36 @@ def of_factors(kind: str, shape: tuple[int, int], seed: int) -> Iterator[float]:
     yield apart(factored_svd(terms, 16).svd.product(), wanted)
 
 
+NO_CLAIM = "ill: the rounding of the input decides what becomes of the least directions"
+_POLAR = {"well": 5e-6, "gauss": 1e-5, "power": 1e-5}
+
 PRIMITIVES = [
-    Item("gram", on_matrix(of_gram), claims(1e-14), [(64, 3000)]),
-    Item("singular values, of the largest", on_matrix(of_values), claims(2e-7)),
-    Item("truncation, more left than by the best", on_matrix(of_truncation), claims(2e-7)),
-    Item("truncation, refined", on_matrix(of_truncation), claims(2e-7), [LARGE]),
+    Item("gram", on_matrix(of_gram), claims(1e-15), [(64, 3000)]),
     Item(
-        "truncated bases, orthonormal", on_matrix(of_basis), claims(2e-6, ill=5e-4, deficient=1e-5)
+        "singular values, of the largest",
+        on_matrix(of_values),
+        claims(2e-13, ill=1e-10, deficient=5e-8, lora=5e-8),
     ),
-    Item("SVD of a sum of factors", of_factors, {"lora": 1e-13}),
+    Item(
+        "truncation, more left than by the best", on_matrix(of_truncation), claims(5e-9, lora=1e-6)
+    ),
+    Item("truncation, refined", on_matrix(of_truncation), claims(5e-9, lora=1e-6), [LARGE]),
+    Item("truncated bases, orthonormal", on_matrix(of_basis), claims(1e-6)),
+    Item("SVD of a sum of factors", of_factors, {"lora": 2e-14}),
+    *(
+        Item(f"polar factor, {route}", on_matrix(of_polar(route)), accuracy, why=NO_CLAIM)
+        for route, accuracy in (
+            ("newton", _POLAR | {"deficient": 2e-7, "lora": 2e-7}),
+            ("express", _POLAR | {"deficient": 2e-7, "lora": 2e-7}),
+            ("gram", dict.fromkeys((*_POLAR, "deficient", "lora"), 2e-7)),
+            ("svd", _POLAR | {"deficient": 5e-6, "lora": 5e-6}),
+        )
+    ),
     *(
         Item(
-            f"polar factor, {route}",
-            on_matrix(of_polar(route)),
-            {"well": 3e-6, "gauss": 1e-3, "power": 1e-4, "deficient": 1e-5, "lora": 1e-5},
-            why="ill: the rounding of the input decides the factor",
+            f"polar factor, {route}, orthonormal", on_matrix(of_orthogonality(route)), claims(most)
         )
-        for route in ("newton", "express", "gram", "svd")
-    ),
-    *(
-        Item(
-            f"polar factor, {route}, orthonormal", on_matrix(of_orthogonality(route)), claims(1e-5)
-        )
-        for route in ("newton", "express", "gram", "svd")
+        for route, most in (("newton", 3e-6), ("express", 5e-6), ("gram", 2e-7), ("svd", 1e-5))
     ),
 ]
 
@@ -233,20 +240,25 @@ def method_error(method: str, params: dict[str, Any], deltas: Sequence[Tensor]) 
 
 
 METHODS = [
-    Item("tsv_m", of_method("tsv_m"), claims(1e-4)),
-    Item("iso_c", of_method("iso_c"), claims(1e-4)),
-    Item("iso_cts", of_method("iso_cts"), claims(1e-4)),
-    Item("star", of_method("star"), claims(1e-4)),
-    Item("subspace_boosting", of_method("subspace_boosting"), claims(1e-4)),
-    Item("svc", of_method("svc"), claims(1e-4)),
-    Item("lore", of_method("lore", {"mu": 0.01}), claims(1e-4)),
-    Item("twin_merging", of_method("twin_merging"), claims(1e-4)),
-    Item("wudi, Adam", of_method("wudi", {"steps": 30}), claims(1e-4)),
-    Item("wudi, exact", of_method("wudi", {"solver": "exact"}), claims(1e-4)),
-    Item("optmerge", of_method("optmerge"), claims(1e-4)),
-    Item("opcm", of_method("opcm"), claims(1e-4)),
-    Item("knots", of_method("knots"), claims(1e-4)),
-    Item("dop", of_method("dop", {"steps": 10}), claims(1e-4)),
+    Item("tsv_m", of_method("tsv_m"), claims(1e-5, ill=1e-4, lora=2e-6)),
+    Item("iso_c", of_method("iso_c"), claims(1e-5, power=5e-5, ill=5e-5, lora=5e-7)),
+    Item("iso_cts", of_method("iso_cts"), claims(2e-5, power=1e-4, ill=5e-3)),
+    Item("star", of_method("star"), claims(2e-6)),
+    Item(
+        "subspace_boosting",
+        of_method("subspace_boosting"),
+        claims(1e-4, power=2e-4, ill=1e-3, lora=2e-6),
+    ),
+    Item("svc", of_method("svc"), claims(5e-6, ill=1e-5)),
+    Item("lore", of_method("lore", {"mu": 0.01}), claims(2e-6)),
+    Item("twin_merging", of_method("twin_merging"), claims(5e-6)),
+    Item("wudi, Adam", of_method("wudi", {"steps": 30}), claims(3e-6, power=1e-5)),
+    Item("wudi, exact", of_method("wudi", {"solver": "exact"}), claims(2e-7)),
+    Item("optmerge", of_method("optmerge"), claims(3e-6, power=1e-4, ill=2e-5)),
+    Item("opcm", of_method("opcm"), claims(1e-4, ill=2e-2, lora=1e-6)),
+    # A coordinate whose sum over the experts nearly cancels may elect the other sign.
+    Item("knots", of_method("knots"), claims(3e-6, power=1e-2, ill=1e-2)),
+    Item("dop", of_method("dop", {"steps": 10}), claims(2e-4, power=2e-5)),
 ]
 
 

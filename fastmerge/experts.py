@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import ConflictError, NonFiniteError, RecipeError
-from fastmerge.linalg import gram, svd
+from fastmerge.linalg import gram, truncated_svd
 from fastmerge.linalg.leading import refined
 from fastmerge.registry import get
 from fastmerge.tensors import merge_tensors
@@ -137,7 +137,7 @@ def low_rank_sparse(
     k = rank_of(a.shape[0], a.shape[1], rank, ratio)
     if not 0 <= keep_rows <= 1:
         raise RecipeError(f"keep_rows must be in [0, 1], got {keep_rows}")
-    found = svd(a, k)
+    found = truncated_svd(a, k).svd
     root = found.s.sqrt()
     left, right = found.u * root, root[:, None] * found.vh
     rest = a - left @ right

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastmerge.errors import RecipeError
 from fastmerge.experts import low_rank_sparse
-from fastmerge.linalg import svd
+from fastmerge.linalg import truncated_svd
 from fastmerge.methods.matrices import TABLES
 from fastmerge.packs.few_bits import DENSE, check_format
 from fastmerge.packs.terms import Term, low_rank, raw, router, sparse, sparse_rows
@@ -131,11 +131,10 @@ def _check_share(what: str, value: float) -> None:
 
 
 def balanced(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return sqrt(S) U^T [rank, m] and sqrt(S) V^T [rank, n] of the leading triples that are not 0."""
-    found = svd(delta, rank)
-    kept = int((found.s > 0).sum())
-    root = found.s[:kept].sqrt()[:, None]
-    return root * found.u[:, :kept].mT, root * found.vh[:kept]
+    """Return sqrt(S) U^T [rank, m] and sqrt(S) V^T [rank, n] of the leading triples that are not rounding."""
+    u, s, vh = truncated_svd(delta, rank).svd
+    root = s.sqrt()[:, None]
+    return root * u.mT, root * vh
 
 
 def _low_rank(delta: Tensor, rank: int, dtype: str, expert: int | None = None) -> list[Term]:
@@ -200,7 +199,7 @@ class Smile(Strategy):
 
     def compress(self, role: Role, delta: Tensor, dtype: str, expert: int | None) -> list[Term]:
         assert expert is not None
-        found = svd(delta, max(self.rank, self.gate_k))
+        found = truncated_svd(delta, max(self.rank, self.gate_k)).svd
         k, gate = self.rank, min(self.gate_k, len(found.s))
         left, right = found.u[:, :k].mT, found.s[:k, None] * found.vh[:k]
         part = raw(delta, dtype, expert) if k < 0 else low_rank(left, right, dtype, expert)
