@@ -20,7 +20,7 @@ STEPS_IF_FLAT = 4
 FLAT = 1.25
 
 #: Columns of the first sketch where a target decides the rank.
-FIRST_WIDTH = 64
+FIRST_WIDTH = 32
 
 #: Below this squared share of the norm, a difference of norms is their rounding; by bytes of an element.
 _LEAST_DIFFERENCE = {4: 1e-4, 8: 1e-10}
