@@ -14,6 +14,7 @@ Results go to benchmarks/results/svd.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -71,15 +72,15 @@ def inputs(shape: tuple[int, int], n_experts: int, seed: int = 0) -> Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One row. ours, torch, fusionbench: each returns the merged delta, or what stands for it.
+    """One row. ours, rivals: what returns the merged delta, or what stands for it; rivals: of so many steps.
 
-    steps: of a loop that is timed in part, by the rival's name; the rest of its time does not grow.
+    steps: of a rival's loop that are timed; what stays when there are none does not grow with them.
     floor: decompositions and products of ours alone. oracle: in float64.
     """
 
     name: str
     ours: Callable[[], Tensor]
-    rivals: dict[str, Callable[[], Tensor]]
+    rivals: dict[str, Callable[[int], Tensor]]
     floor: Callable[[], object]
     oracle: Callable[[], Tensor] | None = None
     steps: int | None = None
@@ -126,17 +127,14 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
     k = len(deltas)
     short = deltas[0] if given.shape[0] <= given.shape[1] else deltas[0].mT
     square = short[:, : len(short)].contiguous()
-    steps = min(STEPS, step_limit)
+    steps = min(STEPS, step_limit)  # of loops
 
-    def rivals(torch_way: Callable[[], Tensor], theirs: Callable[[], Tensor] | None = None) -> Any:
+    def rivals(torch_way: Callable[[int], Tensor], theirs: str = "", on: Any = deltas) -> Any:
         found = {"torch": torch_way}
-        return found | ({"fusionbench": theirs} if theirs is not None else {})
-
-    def of(name: str, given: list[Tensor], *args: Any) -> Callable[[], Tensor] | None:
-        if bench is None:
-            return None
-        run = getattr(bench, name)(*args)
-        return lambda: run(given)
+        if bench is not None and theirs:
+            run = getattr(bench, theirs)
+            found["fusionbench"] = lambda n: (run(n) if theirs == "wudi" else run())(on)
+        return found
 
     def inverses(times: int) -> None:
         for _ in range(times):
@@ -146,28 +144,28 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
         Case(
             "tsv_m",
             merged("tsv_m", given),
-            rivals(lambda: svd_rivals.tsv_m(deltas), of("tsv_m", deltas)),
+            rivals(lambda _: svd_rivals.tsv_m(deltas), "tsv_m"),
             lambda: (gram_and_eigh(short, k), inverses(2 * 5)),
             oracle("tsv_m", deltas),
         ),
         Case(
             "iso_c",
             merged("iso_c", given),
-            rivals(lambda: svd_rivals.iso_c(deltas), of("iso_c", deltas)),
+            rivals(lambda _: svd_rivals.iso_c(deltas), "iso_c"),
             lambda: inverses(5),
             oracle("iso_c", deltas),
         ),
         Case(
             "wudi, 300 steps",
             merged("wudi", given),
-            rivals(lambda: svd_rivals.wudi(deltas, steps), of("wudi", deltas, steps)),
+            rivals(lambda n: svd_rivals.wudi(deltas, n), "wudi"),
             lambda: [short.mT @ short for _ in range(2)],
             steps=steps,
         ),
         Case(
             "optmerge",
             merged("optmerge", given),
-            rivals(lambda: svd_rivals.optmerge(deltas, steps)),
+            rivals(lambda n: svd_rivals.optmerge(deltas, n)),
             lambda: gram_and_eigh(short, k + 1),
             oracle("optmerge", deltas),
             steps=steps,
@@ -175,27 +173,27 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
         Case(
             "knots of adapters",
             merged("knots", given, adapters=True),
-            rivals(lambda: svd_rivals.knots(products), of("knots", products)),
+            rivals(lambda _: svd_rivals.knots(products), "knots", products),
             lambda: given.base + given.factors[0][0] @ given.factors[0][1],
             oracle("knots", products),
         ),
         Case(
             "tsv_m of adapters",
             merged("tsv_m", given, adapters=True),
-            rivals(lambda: svd_rivals.tsv_m(products), of("tsv_m", products)),
+            rivals(lambda _: svd_rivals.tsv_m(products), "tsv_m", products),
             lambda: given.base + given.factors[0][0] @ given.factors[0][1],
             oracle("tsv_m", products),
         ),
         Case(
             "one adapter of several",
             lambda: factored_svd([Term(1.0, b, a) for b, a in given.factors], rank).svd.u,
-            rivals(lambda: svd_rivals.lora_svd(products, rank)[0]),
+            rivals(lambda _: svd_rivals.lora_svd(products, rank)[0]),
             lambda: torch.linalg.qr(torch.cat([b for b, _ in given.factors], 1)),
         ),
         Case(
             "Sub-MoE",
             lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
-            rivals(lambda: svd_rivals.sub_moe(deltas, len(square) // 4)),
+            rivals(lambda _: svd_rivals.sub_moe(deltas, len(square) // 4)),
             lambda: gram_and_eigh(short, 1),
         ),
     ]
@@ -231,17 +229,18 @@ def measured(case: Case, given: Inputs, repeat: int, most_elements: int) -> dict
     row["seconds"] = seconds(case.ours, repeat)
     row["floor_seconds"] = seconds(case.floor, repeat)
     for name, rival in case.rivals.items():
-        taken = seconds(rival, repeat)
-        if case.steps is not None and case.steps < STEPS:
-            row["steps"] = case.steps
-            taken *= STEPS / case.steps
-        row[name] = taken
+        steps = case.steps or 0
+        row[name] = taken = seconds(functools.partial(rival, steps), repeat)
+        if 0 < steps < STEPS:
+            start = seconds(functools.partial(rival, 0), repeat)
+            row["steps"] = steps
+            row[name] = start + (taken - start) * STEPS / steps
     if case.oracle is not None and given.shape[0] * given.shape[1] <= most_elements:
         want = case.oracle()
         row["error"] = apart(case.ours().double() - given.base.double(), want)
         for name, rival in case.rivals.items():
             if case.steps is None or case.steps == STEPS:
-                row[f"{name}_error"] = apart(rival(), want)
+                row[f"{name}_error"] = apart(rival(steps), want)
     return row
 
 

@@ -171,13 +171,17 @@ def wudi(deltas: Deltas, steps: int) -> Tensor:
 
 
 def optmerge(deltas: Deltas, steps: int) -> Tensor:
-    """Decompositions, then gradient descent on the published loss, by automatic differentiation."""
+    """Decompositions, then gradient descent on the published loss, by automatic differentiation.
+
+    As its authors store them, what is cut off is zeros: factors have the matrix' full size.
+    """
     rank = min(deltas[0].shape) // len(deltas)
     targets, rows, norms = [], [], []
     for d in deltas:
         u, s, vh = torch.linalg.svd(d, full_matrices=False)
-        targets.append((u[:, :rank] * s[:rank]) @ vh[:rank])
-        rows.append(s[:rank, None] * vh[:rank])
+        s[rank:] = 0
+        targets.append((u * s) @ vh)
+        rows.append(s[:, None] * vh)
         norms.append(d.square().sum())
     x = torch.nn.Parameter(torch.stack(list(deltas)).mean(0))
     optimizer = torch.optim.SGD([x], lr=1e-4, momentum=0.9)

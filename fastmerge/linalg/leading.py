@@ -54,7 +54,7 @@ def refined(parts: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor] | None:
         for first in range(0, part.shape[1], BLOCK):
             x = part[:, first : first + BLOCK].double()
             image.addmm_(x, x.mT @ lead)
-    lead, image = _closer(parts, lead, image, rest, values[width:], values[0])
+    lead, image = _closer(lead, image, rest, values[width:], values[0])
     g = lead.mT @ lead
     g.diagonal().sub_(1)
     if not float(g.norm()) < MOST_APART:
@@ -70,16 +70,11 @@ def refined(parts: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _closer(
-    parts: Sequence[Tensor],
-    lead: Tensor,
-    image: Tensor,
-    rest: Tensor,
-    lower: Tensor,
-    largest: Tensor,
+    lead: Tensor, image: Tensor, rest: Tensor, lower: Tensor, largest: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add to each leading vector j what it lacks of each other i: v_i^T (G v_j - l_j v_j) / (l_j - l_i).
 
-    image: G lead; returned is that of the result.
+    image: G lead; returned is that of the result, for which G v_i = l_i v_i is near enough.
     """
     import torch
 
@@ -87,7 +82,5 @@ def _closer(
     residual = (image - lead * level).to(rest.dtype)
     gap = level.to(rest.dtype)[None, :] - lower[:, None]
     known = gap > NEAR * torch.finfo(rest.dtype).eps * largest
-    step = rest @ torch.where(known, (rest.mT @ residual) / gap, 0)
-    for part in parts:
-        image = image + part @ (part.mT @ step)
-    return lead + step, image
+    lacking = torch.where(known, (rest.mT @ residual) / gap, 0)
+    return lead + rest @ lacking, image + rest @ (lower[:, None] * lacking)

@@ -106,10 +106,18 @@ def _by_gram(a: Tensor, floor: float) -> Polar:
     return Polar(q, rank, _error(q, rank), "gram")
 
 
+def _has_full_rank(a: Tensor, floor: float) -> bool:
+    """Return whether all singular values are above a share of the largest one."""
+    import torch
+
+    shifted = gram(a)
+    shifted.diagonal().sub_((floor * 1.05 * largest_singular_value(a)) ** 2)
+    return not int(torch.linalg.cholesky_ex(shifted).info)
+
+
 def _error(q: Tensor, rank: int) -> float:
-    """Measure how far q q^T is from a projector of that rank."""
-    g = gram(q)
-    # The eigenvalues of a projector are 0 and 1: g^2 = g.
+    """Measure how far q q^T is from a projector of that rank, whose eigenvalues are 0 and 1: g^2 = g."""
+    g = q @ q.mT
     return float((g @ g - g).norm()) / math.sqrt(max(1, rank)) if rank < len(q) else _from_one(g)
 
 
@@ -129,6 +137,8 @@ def _newton(a: Tensor, floor: float, tolerance: float) -> Polar | None:
         if int(info):
             return None
         x = factor.to(a.dtype)
+    elif not _has_full_rank(a, floor):  # cheaper to know than the inverse
+        return None
     inverse, info = torch.linalg.inv_ex(x)
     if int(info):
         return None
@@ -196,12 +206,9 @@ def largest_singular_value(x: Tensor, steps: int = 12) -> float:
 def _express(a: Tensor, floor: float, tolerance: float) -> Polar | None:
     import torch
 
-    largest = 1.05 * largest_singular_value(a)
-    shifted = gram(a)
-    shifted.diagonal().sub_((floor * largest) ** 2)
-    if int(torch.linalg.cholesky_ex(shifted).info):  # not all singular values are above the floor
+    if not _has_full_rank(a, floor):
         return None
-    x = a / min(float(a.norm()), _bound(a), largest)
+    x = a / min(float(a.norm()), _bound(a), 1.05 * largest_singular_value(a))
     for step in range(MOST_STEPS + 1):
         g = x @ x.mT
         error = _from_one(g)
