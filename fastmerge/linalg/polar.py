@@ -76,13 +76,14 @@ def polar(
         return _by_svd(a, floor)
     if route == "gram":
         return _by_gram(a, floor)
-    iteration: Callable[[Tensor, float, float], Polar | None] = (
+    square = gram(a)
+    iteration: Callable[[Tensor, Tensor, float, float], Polar | None] = (
         _newton if route == "newton" else _express
     )
-    found_by = iteration(a, floor, tolerance)
+    found_by = iteration(a, square, floor, tolerance)
     if found_by is not None:
         return found_by
-    return _by_gram(a, floor)._replace(route=f"{route}, then gram")
+    return _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
 
 
 def _by_svd(a: Tensor, floor: float) -> Polar:
@@ -94,10 +95,10 @@ def _by_svd(a: Tensor, floor: float) -> Polar:
     return Polar(q, rank, _error(q, rank), "svd")
 
 
-def _by_gram(a: Tensor, floor: float) -> Polar:
+def _by_gram(a: Tensor, floor: float, square: Tensor | None = None) -> Polar:
     import torch
 
-    values, vectors = torch.linalg.eigh(gram(a))
+    values, vectors = torch.linalg.eigh(gram(a) if square is None else square)
     s = values.clamp_min(0).sqrt()
     kept = s > floor * s[-1]
     v, rank = vectors[:, kept], int(kept.sum())
@@ -106,12 +107,12 @@ def _by_gram(a: Tensor, floor: float) -> Polar:
     return Polar(q, rank, _error(q, rank), "gram")
 
 
-def _has_full_rank(a: Tensor, floor: float) -> bool:
-    """Return whether all singular values are above a share of the largest one."""
+def _has_full_rank(square: Tensor, least: float) -> bool:
+    """Return whether all singular values of what has that Gram matrix are above a number."""
     import torch
 
-    shifted = gram(a)
-    shifted.diagonal().sub_((floor * 1.05 * largest_singular_value(a)) ** 2)
+    shifted = square.clone()
+    shifted.diagonal().sub_(least**2)
     return not int(torch.linalg.cholesky_ex(shifted).info)
 
 
@@ -127,18 +128,18 @@ def _from_one(g: Tensor) -> float:
     return float(g.norm()) / math.sqrt(len(g))
 
 
-def _newton(a: Tensor, floor: float, tolerance: float) -> Polar | None:
+def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar | None:
     import torch
 
     m, n = a.shape
     x, factor = a, None
     if m < n:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
-        factor, info = torch.linalg.cholesky_ex(gram(a))
+        factor, info = torch.linalg.cholesky_ex(square)
         if int(info):
             return None
         x = factor.to(a.dtype)
-    elif not _has_full_rank(a, floor):  # cheaper to know than the inverse
-        return None
+    elif not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
+        return None  # found out for less than an inverse takes
     inverse, info = torch.linalg.inv_ex(x)
     if int(info):
         return None
@@ -203,12 +204,13 @@ def largest_singular_value(x: Tensor, steps: int = 12) -> float:
     return length
 
 
-def _express(a: Tensor, floor: float, tolerance: float) -> Polar | None:
+def _express(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar | None:
     import torch
 
-    if not _has_full_rank(a, floor):
+    largest = 1.05 * largest_singular_value(a)
+    if not _has_full_rank(square, floor * largest):
         return None
-    x = a / min(float(a.norm()), _bound(a), 1.05 * largest_singular_value(a))
+    x = a / min(float(a.norm()), _bound(a), largest)
     for step in range(MOST_STEPS + 1):
         g = x @ x.mT
         error = _from_one(g)
