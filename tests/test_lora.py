@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -506,13 +507,16 @@ with warnings.catch_warnings():
 needs_peft = pytest.mark.skipif(peft is None, reason="needs the extra [oracle]")
 
 
-def tune(base: Path, folder: Path, seed: int = 5) -> Path:
-    """Save a model whose every tensor changed, matrices by decaying spectra."""
+def tune(base: Path, folder: Path, seed: int = 5, only: str = "") -> Path:
+    """Save a model of which every tensor changed whose name an expression finds, matrices by decaying
+    spectra."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         with torch.no_grad():
-            for k, parameter in enumerate(model.parameters()):
+            for k, (name, parameter) in enumerate(model.named_parameters()):
+                if not re.search(only, name):
+                    continue
                 shape = tuple(parameter.shape)
                 change = decaying(shape, seed + k) if len(shape) == 2 else torch.full(shape, 0.1)
                 parameter.add_(change)
@@ -564,6 +568,34 @@ def test_peft_loads_what_is_extracted_of_transposed_weights(tmp_path: Path) -> N
     found, after = loaded(base, tmp_path / "out"), families.load(tuned)
     for name, want in after.items():
         assert torch.allclose(found[name], want, atol=1e-4), name
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("only", "saved"),
+    [
+        (r"c_fc|h\.0\.attn\.c_proj\.bias", ()),  # a bias of a layer that is not adapted
+        (r"c_fc\.weight|h\.0.*c_fc\.bias|ln_1\.bias", ()),  # biases of norms
+        (r"c_fc\.weight|ln_1\.weight", ("ln_1",)),  # norms whose biases did not change
+        (r"c_fc\.weight|c_attn\.weight", ("c_attn",)),  # linear layers kept whole; likewise
+    ],
+)
+def test_peft_loads_modules_of_which_one_tensor_changed(
+    only: str, saved: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = test_peft.write_gpt2(tmp_path / "base")
+    tuned = tune(base, tmp_path / "tuned", only=only)
+    report = fastmerge.extract_lora(
+        base, tuned, tmp_path / "out", rank=16, save_modules=saved or "changed"
+    )
+    whole = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+    assert {name.rpartition(".")[2] for name in whole or ()} == set(saved)
+    found, before, after = loaded(base, tmp_path / "out"), families.load(base), families.load(tuned)
+    assert any(not torch.equal(before[name], after[name]) for name in report.saved)
+    for name, want in after.items():
+        assert torch.allclose(found[name], want, atol=1e-4), name
+    parts = len(report.modules) + len(report.saved) + len(report.skipped) + report.unchanged
+    assert parts == len(after)
 
 
 def combine_by_peft(base: Path, folders: list[Path], **options: Any) -> dict[str, Tensor]:

@@ -74,6 +74,50 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["mark"]
 
 
+KILLED_AT = """
+import os, sys
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+from test_new_folder import write
+calls = []
+def killed(function, when):
+    def counted(*args, **options):
+        calls.append(function)
+        if calls.count(function) == when:
+            os._exit(9)
+        return function(*args, **options)
+    return counted
+if {where!r} == "rename":
+    os.rename = killed(os.rename, 2)
+else:
+    import shutil
+    shutil.rmtree = killed(shutil.rmtree, 1)
+write(Path({out!r}), "2", overwrite=True)
+"""
+
+
+@pytest.mark.parametrize(("where", "left"), [("rename", "1"), ("rmtree", "2")])
+def test_a_swap_that_was_killed_is_settled_by_the_next_run(
+    where: str, left: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    write(out)
+    code = KILLED_AT.format(tests=str(Path(__file__).parent), out=str(out), where=where)
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 9
+    assert out.exists() == (where == "rmtree")  # with rename, between its two names
+    assert ".out.partial.old" in os.listdir(tmp_path)
+
+    with pytest.raises(CheckpointError, match=r"holds a thing; .*--overwrite"):
+        write(out, "3")
+    assert (out / "mark").read_text() == left
+
+    for text in ("4", "5"):
+        write(out, text, overwrite=True)
+        assert (out / "mark").read_text() == text
+        assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_link_in_place_of_the_hidden_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("mine")

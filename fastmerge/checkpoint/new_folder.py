@@ -22,7 +22,8 @@ class NewFolder:
     """`with NewFolder(...) as new:` write into `new.hidden`, then `new.commit()`.
 
     Leaving without a commit removes what was written; an earlier folder stays as it was until then. What a
-    killed run left under the hidden name is removed by the next one to the same place.
+    killed run left under the hidden name is removed by the next one to the same place, which also gives an
+    earlier folder its name again where the run was killed before it gave it to the new one.
 
     Args:
         path: the folder; its parents are created.
@@ -53,6 +54,7 @@ class NewFolder:
         self.inputs = inputs
         whole = Path(os.path.abspath(self.path))
         self.hidden = whole.with_name(f".{whole.name}{PARTIAL}")
+        self._aside = whole.with_name(f"{self.hidden.name}.old")
         self._lock = -1
 
     def __enter__(self) -> NewFolder:
@@ -84,6 +86,20 @@ class NewFolder:
             )
         for left in self.hidden.iterdir():  # a killed run's
             left.unlink()
+        if os.path.lexists(self._aside):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Undo, or end, a killed run's swap of an earlier folder for a new one."""
+        if os.path.lexists(self.path):
+            shutil.rmtree(self._aside)
+            return
+        os.rename(self._aside, self.path)
+        try:
+            self._check_place()
+        except CheckpointError:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            raise
 
     def _check_place(self) -> None:
         where = place(self.path)
@@ -127,14 +143,13 @@ class NewFolder:
         with disk_errors(self.path, 0):
             sync_folder(self.hidden)
             if os.path.lexists(self.path):
-                old = self.hidden.with_name(f"{self.hidden.name}.old")
-                os.rename(self.path, old)
+                os.rename(self.path, self._aside)
                 try:
                     os.rename(self.hidden, self.path)
                 except BaseException:
-                    os.rename(old, self.path)
+                    os.rename(self._aside, self.path)
                     raise
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(self._aside, ignore_errors=True)
             else:
                 os.rename(self.hidden, self.path)
             sync_folder(self.path.parent)

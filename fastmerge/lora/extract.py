@@ -241,6 +241,7 @@ def extract_lora(
             run.take(name)
             if progress is not None:
                 progress(name, run.report.bytes_read, total)
+        run.complete()
         for checkpoint in (origin, model):
             checkpoint.check_unchanged()
         if not run.factors:
@@ -381,6 +382,15 @@ class _Extraction:
         self.report.modules.append(
             ModuleResult(module, tuple(info.shape), k, found.norm, residual, note)
         )
+
+    def complete(self) -> None:
+        """Add what else the modules hold whose weight is kept whole: peft loads them entire or not at all."""
+        modules = {name.removesuffix(".weight") for name in self.whole if name.endswith(".weight")}
+        for name in self.tuned.tensors:
+            if name.rpartition(".")[0] in modules and name not in self.whole:
+                self._save(name, self._read(self.tuned, name))
+                if self.report.skipped.pop(name, None) is None:
+                    self.report.unchanged -= 1
 
     def first_reason(self) -> str:
         """Return the reason why the first skipped tensor has no part, for an error."""

@@ -89,8 +89,10 @@ def write_adapter(
     saved, biases = [], False
     for name, tensor in whole.items():
         module, _, kind = name.rpartition(".")
-        if module in factors:  # the bias of an adapted layer, which is inside peft's own
-            tensors[f"{PREFIX}{module}.base_layer.{kind}"] = tensor
+        if kind == "bias" and f"{module}.weight" not in whole:
+            # peft takes modules entire, but single biases; those of adapted layers are inside its own.
+            inner = f"{module}.base_layer" if module in factors else module
+            tensors[f"{PREFIX}{inner}.bias"] = tensor
             biases = True
         else:
             tensors[f"{PREFIX}{name}"] = tensor
