@@ -226,6 +226,7 @@ BAD_GOALS: list[tuple[dict[str, Any], str]] = [
     ({"error": 0.2, "energy": 0.1}, r"exclude each other"),
     ({"rank": 2, "max_rank": 3}, r"rank and max_rank exclude each other"),
     ({"rank": 0}, r"rank must be at least 1, got 0"),
+    ({"rank": 2.5}, r"rank must be a whole number, got 2.5"),
     ({"error": 0.1, "max_rank": -1}, r"max_rank must be at least 1, got -1"),
     ({"error": 1.0}, r"error must be in \[0, 1\), got 1.0"),
     ({"energy": 0.0}, r"energy must be in \(0, 1\], got 0.0"),
@@ -409,6 +410,8 @@ def test_whole_tensors_are_taken_from_the_one_that_has_them(tmp_path: Path) -> N
 BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"weights": [1.0]}, r"1 weights are given for 2 adapters"),
     ({"weights": [1.0, math.nan]}, r"weights\[1\] must be a finite number, got nan"),
+    ({"weights": "12"}, r"weights must be a number or a list of numbers, got '12'"),
+    ({"weights": [1.0, None]}, r"weights must be .* numbers, got \[1.0, None\]"),
     ({"weights": [0.0, 0.0]}, r"the adapters add up to nothing"),
     ({"combination": "sum"}, r"combination must be one of svd, .*, got 'sum'"),
     ({"combination": "ties_svd"}, r"needs a density.*--density 0.5"),
@@ -416,6 +419,7 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"combination": "ties", "density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
     ({"combination": "cat", "rank": 4}, r"combination cat takes no rank"),
     ({"rank": 0}, r"rank must be at least 1, got 0"),
+    ({"rank": 2.5}, r"rank must be a whole number, got 2.5"),
     ({"majority_sign": "most"}, r"majority_sign must be total or frequency, got 'most'"),
     ({"scaling_power": 3}, r"scaling_power must be 1 or 2, got 3"),
     ({"dtype": "int8"}, r"dtype must be one of .*, got 'int8'"),
@@ -435,6 +439,8 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
     one, two = write_two(tmp_path)
     with pytest.raises(CheckpointError, match="is or holds the input"):
         fastmerge.merge_adapters([one, two], two, weights=1, overwrite=True)
+    with pytest.raises(RecipeError, match="adapters must be a list of folders, got '"):
+        fastmerge.merge_adapters(str(one), tmp_path / "out", weights=1)
     with pytest.raises(RecipeError, match="no adapter is given"):
         fastmerge.merge_adapters([], tmp_path / "out", weights=1)
     adapters.write_adapter(two, adapters.factors(Q, shape=(8, 4)), r=2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastmerge.errors import ConflictError, RecipeError
 from fastmerge.linalg import Term, factored_svd, truncated_svd
-from fastmerge.lora.folder import Factors
+from fastmerge.lora.folder import Factors, check_rank
 from fastmerge.stored_tensors import wide
 from fastmerge.tensors import merge_tensors
 
@@ -54,8 +54,8 @@ class Rule:
             )
         if self.rank is not None and not self.truncates:
             raise RecipeError(f"combination {self.combination} takes no rank; leave it out")
-        if self.rank is not None and self.rank < 1:
-            raise RecipeError(f"rank must be at least 1, got {self.rank}")
+        if self.rank is not None:
+            check_rank("rank", self.rank)
         trims = self.elementwise in ELEMENTWISE
         if trims and self.density is None:
             raise RecipeError(

@@ -18,6 +18,7 @@ from fastmerge.linalg import SVD, Truncated, truncated_svd
 from fastmerge.linalg.randomized import squared_distance
 from fastmerge.lora.folder import (
     Factors,
+    check_rank,
     factor_type,
     new_adapter,
     stored,
@@ -104,8 +105,8 @@ def goal_of(
             "rank and max_rank exclude each other; give max_rank with error or energy"
         )
     for what, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and value < 1:
-            raise RecipeError(f"{what} must be at least 1, got {value}")
+        if value is not None:
+            check_rank(what, value)
     if sv_epsilon < 0 or not math.isfinite(sv_epsilon):
         raise RecipeError(f"sv_epsilon must be a number from 0 on, got {sv_epsilon}")
     if error is None and energy is None:

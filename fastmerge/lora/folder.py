@@ -44,6 +44,14 @@ def new_adapter(path: str | Path, *, overwrite: bool, inputs: Sequence[Path]) ->
     )
 
 
+def check_rank(what: str, value: object) -> None:
+    """Raise RecipeError unless a rank is a whole number from 1 on."""
+    if not isinstance(value, int):
+        raise RecipeError(f"{what} must be a whole number, got {value!r}")
+    if value < 1:
+        raise RecipeError(f"{what} must be at least 1, got {value}")
+
+
 def factor_type(name: str) -> DType:
     """Return the type of factors of that name.
 

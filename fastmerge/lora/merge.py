@@ -65,6 +65,8 @@ def merge_adapters(
     """
     started = time.perf_counter()
     rule = Rule(combination, rank, density, majority_sign, scaling_power, seed)
+    if isinstance(adapters, str | Path):
+        raise RecipeError(f"adapters must be a list of folders, got {shown(str(adapters))}")
     opened = [read_adapter(p) for p in adapters]
     if not opened:
         raise RecipeError("no adapter is given; name one at least")
@@ -112,7 +114,15 @@ def merge_adapters(
 
 
 def _weights(weights: Sequence[float] | float, n: int) -> list[float]:
-    found = [float(weights)] * n if isinstance(weights, int | float) else list(map(float, weights))
+    given = [weights] * n if isinstance(weights, int | float) else weights
+    try:
+        if isinstance(given, str):  # of which each letter would be a weight
+            raise TypeError
+        found = [float(w) for w in given]
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"weights must be a number or a list of numbers, got {weights!r}"
+        ) from None
     if len(found) != n:
         raise RecipeError(f"{len(found)} weights are given for {n} adapters; give one each, or one")
     for k, weight in enumerate(found):
