@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from vector_cases import Case, Checks, tensor
 
 from fastmerge.lora.combine import Part, Rule, combine
 from fastmerge.lora.extract import Goal, balanced
+from fastmerge.lora.folder import Factors, write_adapter
 
 
 def extraction(case: Case) -> Checks:
@@ -61,9 +65,17 @@ def of_adapters(case: Case) -> Checks:
     )
     rule = Rule(case.params["combination_type"], density=case.params.get("density"))
     a, b = combine(parts, rule).factors
+
+    def scaling(run: object) -> Tensor:
+        """What the adapter's files say of its scale, alpha / r."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(Path(folder), {"linear": Factors(a, b)}, {}, ["linear"], {})
+            config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        return tensor(config["lora_alpha"] / config["r"])
+
     return {
         "rank": lambda run: tensor(len(a)),
-        "scaling": lambda run: tensor(1.0),  # alpha = r, which test_lora.py reads in the files
+        "scaling": scaling,
         "delta_weight": lambda run: b @ a,
     }
 
