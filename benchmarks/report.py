@@ -359,8 +359,40 @@ def accuracy_table(data: Row) -> list[str]:
         f"{' and '.join(map(str, data['experts']))} experts"
     )
     kinds = "; ".join(f"{kind}: {said}" for kind, said in data["kinds"].items())
+    why: dict[str, list[str]] = {}
+    for name, reason in data["why"].items():
+        why.setdefault(reason, []).append(name)
+    reasons = [f"- {'; '.join(names)}: {reason}." for reason, names in why.items()]
     rows = [{"name": name, "of": of} for name, of in items.items()]
-    return [provenance(data, what), *table(columns, rows), f"\n{kinds}."]
+    return [provenance(data, what), *table(columns, rows), f"\n{kinds}.\n", *reasons]
+
+
+def svd_methods_table() -> str:
+    """Methods that decompose: what becomes of other tensors, and parameters with their defaults."""
+    from fastmerge.registry import Param, methods
+
+    def said(param: Param) -> str:
+        value = param.default
+        shown = {None: "none", True: "true", False: "false"}.get(value, value)
+        return f"`{param.name}` {shown}"
+
+    policy = ("tables", "conv", "fused", "exclude")
+    columns: list[Column] = [
+        ("method", lambda r: f"`{r['of'].name}`"),
+        ("what it does", lambda r: r["of"].summary),
+        ("of its own, by default", lambda r: ", ".join(map(said, r["own"]))),
+        ("which tensors, by default", lambda r: ", ".join(map(said, r["policy"]))),
+    ]
+    rows = [
+        {
+            "of": spec,
+            "own": [p for p in spec.params if p.name not in policy],
+            "policy": [p for p in spec.params if p.name in policy],
+        }
+        for spec in methods().values()
+        if spec.cost is not None
+    ]
+    return "\n".join(table(columns, rows))
 
 
 def results(pattern: str, render: Callable[[Row], list[str]]) -> Callable[[], str]:
@@ -383,6 +415,7 @@ TABLES = {
     "simulated": results("simulated.json", simulated_table),
     "coded": results("coded.json", coded_table),
     "ops": results("ops.json", ops_table),
+    "svd_methods": svd_methods_table,
     "svd_speed": results("svd.json", svd_table),
     "svd_accuracy": results("accuracy_svd.json", accuracy_table),
 }

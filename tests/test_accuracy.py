@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
 import accuracy
 import pytest
 import torch
 from accuracy import METHODS, PRIMITIVES, Item
 
 import fastmerge
+from fastmerge.linalg import gram
+from fastmerge.registry import methods
+
+# The package's name of this module is the function's.
+linalg_svd = importlib.import_module("fastmerge.linalg.svd")
 
 
 @pytest.mark.parametrize("item", [*PRIMITIVES, *METHODS], ids=lambda item: item.name)
@@ -16,11 +23,25 @@ def test_no_claim_is_exceeded(item: Item) -> None:
         assert row["worst"] <= row["claim"], row
 
 
-def test_every_kind_without_a_claim_has_a_reason() -> None:
-    for item in (*PRIMITIVES, *METHODS):
-        if item.name != "SVD of a sum of factors":
-            missing = set(accuracy.KINDS) - set(item.claims)
-            assert all(kind in item.why for kind in missing), item.name
+def test_every_method_that_decomposes_is_measured() -> None:
+    measured = {item.name.split(",")[0] for item in METHODS}
+    assert measured == {spec.name for spec in methods().values() if spec.cost is not None}
+
+
+def test_refined_truncation_takes_the_route_that_refines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fallback would decompose the whole Gram matrix by `spectrum`."""
+    routes = []
+    monkeypatch.setattr(linalg_svd, "spectrum", lambda *args, **kwargs: routes.append(args))
+    refined = next(item for item in PRIMITIVES if item.name == "truncation, refined")
+    for kind in refined.claims:
+        list(refined.errors(kind, refined.shapes[0], 0))
+    assert not routes
+
+
+def test_a_planted_error_of_a_primitive_exceeds_its_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "gram", lambda a: gram(a) * (1 + 1e-13))
+    item = next(item for item in PRIMITIVES if item.name == "gram")
+    assert all(row["worst"] > row["claim"] for row in accuracy.measured(item, few=True))
 
 
 def test_a_planted_error_exceeds_its_claim(monkeypatch: pytest.MonkeyPatch) -> None:
