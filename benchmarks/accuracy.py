@@ -235,8 +235,8 @@ def of_principal(kind: str, shape: tuple[int, int], seed: int) -> Iterator[float
 
 
 LEAST_DIRECTIONS = (
-    "vectors are rounded to float32 before the others are made from them, which tells those of s_i to "
-    "about eps32 s_1 / s_i"
+    "factors are rounded to float32 before they are multiplied with the matrix, which tells directions of "
+    "s_i to about eps32 s_1 / s_i"
 )
 FALLS_BACK = (
     "ill, deficient and lora have directions that are rounding noise: it falls back to gram"

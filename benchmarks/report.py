@@ -373,8 +373,9 @@ def svd_methods_table() -> str:
 
     def said(param: Param) -> str:
         value = param.default
-        shown = {None: "none", True: "true", False: "false"}.get(value, value)
-        return f"`{param.name}` {shown}"
+        if value is None or isinstance(value, bool):
+            return f"`{param.name}` {str(value).lower()}"
+        return f"`{param.name}` {f'{value:g}' if isinstance(value, float) else value}"
 
     policy = ("tables", "conv", "fused", "exclude")
     columns: list[Column] = [
