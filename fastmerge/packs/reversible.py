@@ -111,7 +111,9 @@ def padded_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     import torch
 
     r = min(rank, *delta.shape)
-    left, right = (torch.nn.functional.pad(f, (0, 0, 0, r - len(f))) for f in balanced(delta, r))
+    left, right = (
+        torch.nn.functional.pad(f, (0, 0, 0, r - len(f))) for f in balanced(delta, r, exact=True)
+    )
     return left, right
 
 

@@ -130,9 +130,12 @@ def _check_share(what: str, value: float) -> None:
         raise RecipeError(f"{what} must be in [0, 1], got {value}")
 
 
-def balanced(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return sqrt(S) U^T [rank, m] and sqrt(S) V^T [rank, n] of the leading triples that are not rounding."""
-    u, s, vh = truncated_svd(delta, rank).svd
+def balanced(delta: Tensor, rank: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Return sqrt(S) U^T [rank, m] and sqrt(S) V^T [rank, n] of the leading triples that are not rounding.
+
+    exact: of a full decomposition; else what they leave may be 1 % more than the least.
+    """
+    u, s, vh = truncated_svd(delta, rank, exact=exact).svd
     root = s.sqrt()[:, None]
     return root * u.mT, root * vh
 
