@@ -234,6 +234,17 @@ def of_principal(kind: str, shape: tuple[int, int], seed: int) -> Iterator[float
     yield apart(principal(x, 2).product(), mean + (u[..., :2] * s[:, None, :2]) @ vh[:, :2])
 
 
+def of_experts(kind: str, shape: tuple[int, int], seed: int) -> Iterator[float]:
+    """Sub-MoE's step over a quarter of the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    for n_experts in EXPERTS:
+        w = [matrix(kind, shape, generator) for _ in range(n_experts)]
+        u, _, _ = torch.linalg.svd(torch.cat([x.double() for x in w], 1), full_matrices=False)
+        u = u[:, : shape[0] // 4]
+        wanted = u @ (u.mT @ torch.stack([x.double() for x in w]).mean(0))
+        yield apart(fastmerge.ops.merge_experts(w, rank=shape[0] // 4), wanted)
+
+
 LEAST_DIRECTIONS = (
     "factors are rounded to float32 before they are multiplied with the matrix, which tells directions of "
     "s_i to about eps32 s_1 / s_i"
@@ -311,6 +322,7 @@ PRIMITIVES = [
         claims(2e-7),
         [SMALL, SMALL[::-1]],
     ),
+    Item("Sub-MoE", of_experts, claims(1e-5), [LARGE]),
 ]
 
 

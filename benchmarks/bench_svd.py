@@ -77,7 +77,7 @@ class Case:
     """One row. ours, rivals: what returns the merged delta, or what stands for it; rivals: of so many steps.
 
     steps: of a rival's loop that are timed; what stays when there are none does not grow with them.
-    floor: decompositions and products of ours alone. oracle: in float64.
+    floor: decompositions and products of ours alone. oracle: in float64. added: ours is added to the base.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Case:
     floor: Callable[[], object]
     oracle: Callable[[], Tensor] | None = None
     steps: int | None = None
+    added: bool = True
 
 
 def merged(
@@ -196,7 +197,9 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
             "Sub-MoE",
             lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
             rivals(lambda _: svd_rivals.sub_moe(deltas, len(square) // 4)),
-            lambda: gram_and_eigh(short, 1),
+            lambda: gram_and_eigh(torch.cat(deltas, 1), 1),
+            lambda: svd_rivals.sub_moe([d.double() for d in deltas], len(square) // 4),
+            added=False,
         ),
     ]
 
@@ -239,7 +242,8 @@ def measured(case: Case, given: Inputs, repeat: int) -> dict[str, Any]:
             row[name] = start + (taken - start) * STEPS / steps
     if case.oracle is not None and given.shape[0] * given.shape[1] <= LARGE:
         want = case.oracle()
-        row["error"] = apart(case.ours().double() - given.base.double(), want)
+        found = case.ours().double()
+        row["error"] = apart(found - given.base.double() if case.added else found, want)
         for name, rival in case.rivals.items():
             averages = name == "fusionbench" and case.name.startswith("knots")  # it elects no signs
             if (case.steps is None or case.steps == STEPS) and not averages:

@@ -78,7 +78,7 @@ def _shared_directions(experts: Sequence[Tensor], rank: int) -> tuple[Tensor, Te
     import torch
 
     if experts[0].dtype is torch.float32:
-        found = refined(experts, rank)
+        found = refined(experts, rank, near=_NEAR)
         if found is not None:
             return found
     total = gram(experts[0])
@@ -88,6 +88,9 @@ def _shared_directions(experts: Sequence[Tensor], rank: int) -> tuple[Tensor, Te
     return values.flip(0)[:rank].clamp_min(0).sqrt(), vectors.flip(1)[:, :rank]
 
 
+#: Spread of what is kept below which float32 tells the shared directions about as well as they matter: what
+#: lies at the cut is noise of all experts.
+_NEAR = 1 / 8
 #: Singular values below this share of the largest are rounding of the float64 Gram matrix.
 _FLOOR = 2.0**-26
 

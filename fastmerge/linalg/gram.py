@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 #: Columns that are converted to float64 at a time: the copy stays small beside the matrix.
 BLOCK = 1024
+#: A square is computed by so many strips, none of fewer rows than are worth a product of their own.
+STRIPS, STRIP = 8, 128
 
 
 def gram(a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -23,15 +25,40 @@ def gram(a: Tensor, b: Tensor | None = None) -> Tensor:
     """
     import torch
 
-    double = torch.float64
-    if a.dtype is double or a.shape[1] <= BLOCK:
-        x = a.to(double)
-        return x @ (x if b is None else b.to(double)).mT
-    out = a.new_zeros((len(a), len(a if b is None else b)), dtype=double)
-    for first in range(0, a.shape[1], BLOCK):
-        x = a[:, first : first + BLOCK].to(double)
-        out.addmm_(x, (x if b is None else b[:, first : first + BLOCK].to(double)).mT)
-    return out
+    rows, n = a.shape
+    out = a.new_empty((rows, rows if b is None else len(b)), dtype=torch.float64)
+    for first in range(0, max(n, 1), BLOCK):
+        x = a[:, first : first + BLOCK].to(torch.float64)
+        if b is None:
+            add_square(out, x, first > 0)
+        else:
+            torch.addmm(out, x, b[:, first : first + BLOCK].to(torch.float64).mT, beta=int(first > 0), out=out)
+    return out if b is not None else mirrored(out)
+
+
+def add_square(out: Tensor, x: Tensor, more: bool) -> None:
+    """Set the lower triangle of out to that of x x^T, or add it (more): about half of the product.
+
+    What lies above the triangle is undefined; eigh and Cholesky do not look there.
+    """
+    import torch
+
+    step = max(STRIP, -(-len(x) // STRIPS))
+    for first in range(0, len(x), step):
+        below, strip = slice(first, None), slice(first, first + step)
+        block = out[below, strip]
+        torch.addmm(block, x[below], x[strip].mT, beta=int(more), out=block)
+
+
+def mirrored(square: Tensor) -> Tensor:
+    """Copy the lower triangle over the upper one."""
+    step = max(STRIP, -(-len(square) // STRIPS))
+    for first in range(0, len(square), step):
+        after, strip = slice(first + step, None), slice(first, first + step)
+        block = square[strip, strip]
+        block.copy_(block.tril() + block.tril(-1).mT)
+        square[strip, after] = square[after, strip].mT
+    return square
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -45,12 +72,16 @@ def inner(a: Tensor, b: Tensor) -> float:
     )
 
 
-def times(function: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
+def times(function: Callable[[Tensor], Tensor], a: Tensor, rows: int | None = None) -> Tensor:
     """Return function(a) in the type of `a`, for a linear function of columns in float64: a product from the
-    left, a triangular solve. It is given some columns of [m, n] at a time."""
+    left, a triangular solve. It is given some columns of [m, n] at a time.
+
+    Args:
+        rows: of the result; default m.
+    """
     import torch
 
-    found = torch.empty_like(a)
+    found = torch.empty_like(a) if rows is None else a.new_empty((rows, a.shape[1]))
     for first in range(0, a.shape[1], BLOCK):
         columns = slice(first, first + BLOCK)
         found[:, columns] = function(a[:, columns].to(torch.float64)).to(a.dtype)

@@ -7,10 +7,11 @@ within what they then span leave eps64 of the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg.gram import BLOCK
+from fastmerge.linalg.gram import BLOCK, add_square
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +28,17 @@ NEAR = 32.0
 MOST_APART = 1e-2
 
 
-def refined(parts: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor] | None:
+def refined(
+    parts: Sequence[Tensor], k: int, near: float = math.inf
+) -> tuple[Tensor, Tensor] | None:
     """Return the k largest singular values and their left vectors, float64 [k] and [m, k].
 
     None: they are too many, or the values spread too far, for this to be cheaper or right.
 
     Args:
         parts: float32 matrices [m, n_i] that lie side by side, the sum of n_i at least m.
+        near: share s_k / s_1 from which on what float32 found is returned as it is: off by (s_1 / s_k) / 2
+            times what a float32 decomposition of the parts is off by. Default: never.
     """
     import torch
 
@@ -41,13 +46,15 @@ def refined(parts: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor] | None:
     width = k + max(MORE, int(k * SHARE_MORE))
     if k == 0 or m < LEAST_SIDE or width > m * MOST:
         return None
-    square = parts[0] @ parts[0].mT
-    for part in parts[1:]:
-        square.addmm_(part, part.mT)
+    square = parts[0].new_empty((m, m))
+    for j, part in enumerate(parts):
+        add_square(square, part, j > 0)
     values, vectors = torch.linalg.eigh(square)
     values, vectors = values.flip(0), vectors.flip(1)
     if not float(values[k - 1]) > LEAST_RATIO**2 * float(values[0]):
         return None
+    if float(values[k - 1]) > near**2 * float(values[0]):
+        return values[:k].double().sqrt(), vectors[:, :k].double()
     lead, rest = vectors[:, :width].double(), vectors[:, width:]
     image = torch.zeros_like(lead)
     for part in parts:

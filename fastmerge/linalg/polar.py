@@ -7,7 +7,6 @@ as much as the largest, so every route ends by measuring what it claims: ||Q Q^T
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastmerge.linalg.gram import gram, times
@@ -76,14 +75,14 @@ def polar(
         return _by_svd(a, floor)
     if route == "gram":
         return _by_gram(a, floor)
-    square = gram(a)
-    iteration: Callable[[Tensor, Tensor, float, float], Polar | None] = (
-        _newton if route == "newton" else _express
+    # Of a square matrix Newton's first inverse tells what the Gram matrix would.
+    square = gram(a) if route == "express" or m < n else None
+    found = (
+        _express(a, square, floor, tolerance)
+        if route == "express" and square is not None
+        else _newton(a, square, floor, tolerance)
     )
-    found_by = iteration(a, square, floor, tolerance)
-    if found_by is not None:
-        return found_by
-    return _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
+    return found or _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
 
 
 def _by_svd(a: Tensor, floor: float) -> Polar:
@@ -128,18 +127,16 @@ def _from_one(g: Tensor) -> float:
     return float(g.norm()) / math.sqrt(len(g))
 
 
-def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar | None:
+def _newton(a: Tensor, square: Tensor | None, floor: float, tolerance: float) -> Polar | None:
+    """square: the Gram matrix of a that is wider than high."""
     import torch
 
-    m, n = a.shape
     x, factor = a, None
-    if m < n:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
+    if square is not None:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
         factor, info = torch.linalg.cholesky_ex(square)
         if int(info):
             return None
         x = factor.to(a.dtype)
-    elif not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
-        return None  # found out for less than an inverse takes
     inverse, info = torch.linalg.inv_ex(x)
     if int(info):
         return None
@@ -178,7 +175,7 @@ def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar 
             before = error
             break
         before = error
-    return Polar(q, m, before, "newton", steps) if before <= tolerance else None
+    return Polar(q, len(q), before, "newton", steps) if before <= tolerance else None
 
 
 def _bound(x: Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastmerge.linalg.gram import gram
+from fastmerge.linalg.gram import gram, times
 from fastmerge.linalg.leading import LEAST_RATIO, refined
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ class Spectrum:
         if len(self._a) > len(self._left):  # decomposed from the other side
             u, s, vh = replace_matrix(self, self._a.mT).top(k)
             return SVD(vh.mT, s, u.mT)
-        u, s = self._left[:, :k].to(self._a.dtype), self.s[:k].to(self._a.dtype)
-        return SVD(u, s, (u.mT @ self._a) * _inverse(s)[:, None])
+        u, s, dtype = self._left[:, :k], self.s[:k], self._a.dtype
+        # In float64: the least of them would take on rounding of the largest.
+        vh = times(lambda columns: (u.mT @ columns) * _inverse(s)[:, None], self._a, k)
+        return SVD(u.to(dtype), s.to(dtype), vh)
 
     def rank(self, floor: float | None = None) -> int:
         """Return how many singular values are above a share of the largest; default: max(m, n) eps of
@@ -69,8 +71,10 @@ class Spectrum:
             return (u * values.to(u.dtype)) @ vh
         assert self._left is not None
         u = self._left[:, :rank]
-        root = ((u * (values * _inverse(self.s[:rank]))) @ u.mT).to(self._a.dtype)
-        return root @ self._a if len(self._a) == len(root) else self._a @ root
+        root = (u * (values * _inverse(self.s[:rank]))) @ u.mT
+        if len(self._a) == len(root):
+            return times(lambda columns: root @ columns, self._a)
+        return times(lambda columns: root @ columns, self._a.mT).mT
 
 
 def replace_matrix(spectrum: Spectrum, a: Tensor) -> Spectrum:
@@ -115,8 +119,9 @@ def svd(
         wide = len(a) <= a.shape[1]
         found = refined([a if wide else a.mT], rank)
         if found is not None and (floor is None or floor < LEAST_RATIO):
-            s, u = found[0].to(a.dtype), found[1].to(a.dtype)
-            other = (u.mT @ (a if wide else a.mT)) / s[:, None]
+            s, u = found
+            other = times(lambda c: (u.mT @ c) / s[:, None], a if wide else a.mT, len(s))
+            u, s = u.to(a.dtype), s.to(a.dtype)
             return SVD(u, s, other) if wide else SVD(other.mT, s, u.mT)
     whole = spectrum(a, route=route)
     if floor == 0:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg import EPS, SVD, inner, polar, svd
+from fastmerge.linalg import EPS, SVD, inner, polar, svd, times
 from fastmerge.methods.matrices import (
     LAMBDA,
     MODE,
@@ -131,12 +131,12 @@ def iso_cts(params: Params, deltas: Deltas) -> Add:
 
     total = sum_of(deltas, params.weight)
     common = leading(total, k_common, float(total.norm()))
-    parts = []
+    parts, basis = [], common.u.double()
     for k, weight in enumerate(params.weight) if k_task else ():
         delta = deltas[k].mul_(weight)
         size = float(delta.norm())  # what is left of it may be noise
-        delta -= common.u @ (common.u.mT @ delta)
-        parts.append(leading(delta, k_task, size))
+        rest = times(lambda c: c - basis @ (basis.mT @ c), delta)
+        parts.append(leading(rest, k_task, size))
     parts.append(common)
     u, vh = torch.cat([p.u for p in parts], 1), torch.cat([p.vh for p in parts])
     q_u, q_v = (polar(x) if stable else polar(x, floor=0.0, route="svd") for x in (u, vh))
