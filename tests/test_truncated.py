@@ -136,6 +136,26 @@ def test_factors_give_the_triples_of_their_sum(
     assert found.residual * found.norm == pytest.approx(float(s[k:].norm()), abs=1e-10 * scale)
 
 
+@pytest.mark.parametrize("rank", [8, 20, None])
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-5, 1e-8, 0.0])
+def test_factors_that_are_nearly_the_same_give_the_triples_too(
+    apart: float, rank: int | None
+) -> None:
+    """As of adapters that started from one initialisation: a Cholesky factor of theirs tells too little."""
+    generator = torch.Generator().manual_seed(3)
+    b, a = torch.randn(2, 90, 16, generator=generator), torch.randn(2, 16, 70, generator=generator)
+    terms = [Term(1.0, b[0], a[0]), Term(-0.5, b[1], a[0] + apart * a[1])]
+    dense = torch.stack([t.scale * t.b.double() @ t.a.double() for t in terms]).sum(0)
+    found = factored_svd(terms, rank)
+    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    k = len(found.svd.s)
+    assert k == min(rank or 32, 32 if apart else 16)
+    missed = found.svd.product() - (u[:, :k] * s[:k]) @ vh[:k]
+    assert float(missed.norm()) < 1e-9 * float(dense.norm())
+    for basis in (found.svd.u.mT, found.svd.vh):
+        assert float((basis @ basis.mT - torch.eye(k)).norm()) < 1e-9
+
+
 def test_factors_that_cancel_leave_nothing() -> None:
     b, a = torch.randn(30, 4), torch.randn(4, 20)
     found = factored_svd([Term(0.3, b, a), Term(-0.1, b, a), Term(-0.2, b, a)])
