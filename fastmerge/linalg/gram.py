@@ -32,7 +32,8 @@ def gram(a: Tensor, b: Tensor | None = None) -> Tensor:
         if b is None:
             add_square(out, x, first > 0)
         else:
-            torch.addmm(out, x, b[:, first : first + BLOCK].to(torch.float64).mT, beta=int(first > 0), out=out)
+            y = b[:, first : first + BLOCK].to(torch.float64)
+            torch.addmm(out, x, y.mT, beta=int(first > 0), out=out)
     return out if b is not None else mirrored(out)
 
 
