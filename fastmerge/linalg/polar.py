@@ -77,12 +77,12 @@ def polar(
         return _by_gram(a, floor)
     # Of a square matrix Newton's first inverse tells what the Gram matrix would.
     square = gram(a) if route == "express" or m < n else None
-    found = (
+    iterated = (
         _express(a, square, floor, tolerance)
         if route == "express" and square is not None
         else _newton(a, square, floor, tolerance)
     )
-    return found or _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
+    return iterated or _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
 
 
 def _by_svd(a: Tensor, floor: float) -> Polar:
