@@ -3,6 +3,8 @@
     python benchmarks/bench_merge.py            from the page cache, against mergekit and a memory copy
     python benchmarks/bench_merge.py --cold     from the disk, against direct reads
     python benchmarks/bench_merge.py --sweep    ours alone, over sizes and numbers of experts
+    python benchmarks/bench_merge.py --decompose --experts 4    methods that decompose: memory as planned and
+                                                as taken, and killed half way and resumed
 
 Inputs are bf16 with Llama's names and shapes (synthetic.py). Seconds are wall time of the whole process,
 start-up included; peak memory is the kernel's own account of it. Results go to benchmarks/results/.
@@ -11,6 +13,7 @@ start-up included; peak memory is the kernel's own account of it. Results go to 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import shutil
 import statistics
@@ -23,7 +26,9 @@ from processes import Merge, compare, median, require_mergekit
 from storage import drop_pages, read_bandwidth
 from synthetic import make_family
 
+import fastmerge
 from fastmerge import _cpu
+from fastmerge.api import decomposition_rate
 from fastmerge.bench import copy_bandwidth, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +43,10 @@ EXPERT = {
     "sce": "",
     "model_stock": "",
     "slerp": "",
+    "tsv_m": "",
+    "iso_c": "",
 }
+DECOMPOSING = ["tsv_m", "iso_c"]
 #: What is said once for all experts: selecting is what SCE is for, a tenth is its authors' choice.
 SHARED = {"sce": "select_topk: 0.1"}
 #: Of the sweep: sizes as shares of --parameters, and numbers of experts at the smallest size.
@@ -83,7 +91,7 @@ def merge_of(method: str, folder: Path, n_experts: int) -> Merge:
     return Merge(config, folder)
 
 
-# ---- the three benchmarks --------------------------------------------------------------------------
+# ---- the four benchmarks ---------------------------------------------------------------------------
 
 
 def warm(options: argparse.Namespace) -> dict[str, Any]:
@@ -197,6 +205,48 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
     return {"runs": options.runs, "rows": rows}
 
 
+def decompose(options: argparse.Namespace) -> dict[str, Any]:
+    """Time merges that decompose; kill another half way, resume it, and compare what both wrote."""
+    rows = []
+    with family(options.work, options.parameters, options.experts) as folder:
+        whole, killed = folder / "out-ours", folder / "out-killed"
+        for method in options.methods:
+            merge = merge_of(method, folder, options.experts)
+            plan = fastmerge.plan(merge.config)
+            rate = decomposition_rate()
+            done = merge.ours(whole)
+            shutil.rmtree(killed, ignore_errors=True)
+            merge.killed(killed, done.seconds / 2)
+            resumed = merge.resumed(killed)
+            row = {
+                "method": method,
+                "flops": plan.flops,
+                "planned_seconds": plan.flops / rate,
+                "planned_mb": plan.peak_memory / 1e6,
+                "seconds": done.seconds,
+                "peak_mb": done.peak_mb,
+                "resumed_seconds": resumed.seconds,
+                "same_bytes": same_files(whole, killed),
+            }
+            rows.append(show(row))
+        for out in (whole, killed):
+            shutil.rmtree(out, ignore_errors=True)
+    return {
+        "parameters": merge.parameters,
+        "experts": options.experts,
+        "threads": _cpu.available_threads(),
+        "rows": rows,
+    }
+
+
+def same_files(a: Path, b: Path) -> bool:
+    """Return whether two models' weights are the same bytes."""
+    names = sorted(p.name for p in a.glob("*.safetensors"))
+    return names == sorted(p.name for p in b.glob("*.safetensors")) and all(
+        filecmp.cmp(a / name, b / name, shallow=False) for name in names
+    )
+
+
 def show(row: dict[str, Any]) -> dict[str, Any]:
     """Print a row as it comes; the README has the table."""
     flat = {
@@ -212,23 +262,24 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
 Benchmark = Callable[[argparse.Namespace], dict[str, Any]]
 #: By mode: benchmark, parameters, methods.
 MODES: dict[str, tuple[Benchmark, float, list[str]]] = {
-    "merge": (warm, 540e6, list(EXPERT)),
+    "merge": (warm, 540e6, [m for m in EXPERT if m not in DECOMPOSING]),
     "cold": (cold, 540e6, ["linear", "ties", "dare_ties"]),
     "sweep": (sweep, 1e9, ["ties", "linear"]),
+    "decompose": (decompose, 540e6, DECOMPOSING),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     mode = parser.add_mutually_exclusive_group()
-    for name in ("cold", "sweep"):
+    for name in ("cold", "sweep", "decompose"):
         mode.add_argument(f"--{name}", action="store_const", const=name, dest="mode")
     parser.add_argument("--parameters", type=float, help="540e6; of the largest of the sweep: 1e9")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3, help="of ours; mergekit runs once")
     parser.add_argument("--methods", nargs="+", choices=list(EXPERT), metavar="METHOD")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--name", help="of the result file; merge-540m, cold or sweep")
+    parser.add_argument("--name", help="of the result file; merge-540m, cold, sweep or decompose")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.set_defaults(mode="merge")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,22 @@ class Merge:
 
     def ours(self, out: Path, *flags: str) -> Finished:
         return self._warm([BIN / "fastmerge", "merge", self.config, out, "-q", *flags], out)
+
+    def killed(self, out: Path, after: float) -> None:
+        """Start a merge and kill it after some seconds, or exit: it was done by then."""
+        command = [BIN / "fastmerge", "merge", self.config, out, "-q"]
+        process = subprocess.Popen([str(word) for word in command], cwd=self.folder)
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() != -signal.SIGKILL:
+            sys.exit(f"{self.config}: ended before it could be killed after {after:.0f} s")
+
+    def resumed(self, out: Path) -> Finished:
+        """Finish a merge that was killed."""
+        command = [BIN / "fastmerge", "merge", self.config, out, "-q", "--resume"]
+        return timed(command, self.folder)
 
     def theirs(self, out: Path) -> Finished:
         return self._warm([BIN / "mergekit-yaml", self.config, out, "--quiet"], out)

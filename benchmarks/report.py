@@ -341,6 +341,25 @@ def svd_table(data: Row) -> list[str]:
     return [provenance(data, what), *table(columns, data["rows"])]
 
 
+def decompose_table(data: Row) -> list[str]:
+    """Whole merges that decompose: time and memory beside their plan, and what a killed one took to go on."""
+    columns: list[Column] = [
+        ("method", lambda r: r["method"]),
+        ("operations", lambda r: f"{r['flops'] / 1e12:.3g} Tflop"),
+        ("time", lambda r: f"{r['seconds']:.0f} s"),
+        ("planned", lambda r: f"{r['planned_seconds']:.0f} s"),
+        ("peak memory", lambda r: f"{r['peak_mb']:.0f} MB"),
+        ("planned", lambda r: f"{r['planned_mb']:.0f} MB"),
+        ("killed half way, resumed in", lambda r: f"{r['resumed_seconds']:.0f} s"),
+        ("the same bytes", lambda r: "yes" if r["same_bytes"] else "no"),
+    ]
+    what = (
+        f"a Llama-shaped model of {data['parameters'] / 1e6:.0f} M parameters, base and {data['experts']} "
+        f"experts in bf16, {data['threads']} threads"
+    )
+    return [provenance(data, what), *table(columns, data["rows"])]
+
+
 def accuracy_table(data: Row) -> list[str]:
     """The worst error of each primitive and method by kind of input, beside what is claimed."""
     items: dict[str, Row] = {}
@@ -418,6 +437,7 @@ TABLES = {
     "ops": results("ops.json", ops_table),
     "svd_methods": svd_methods_table,
     "svd_speed": results("svd.json", svd_table),
+    "svd_merges": results("decompose.json", decompose_table),
     "svd_accuracy": results("accuracy_svd.json", accuracy_table),
 }
 

@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from fastmerge.coded_tensors import quantize_4bit as quantize_4bit
     from fastmerge.experts import low_rank_sparse as low_rank_sparse
     from fastmerge.experts import merge_experts as merge_experts
+    from fastmerge.linalg import factored_svd as factored_svd
+    from fastmerge.linalg import polar as polar
+    from fastmerge.linalg import spectrum as spectrum
+    from fastmerge.linalg import svd as svd
+    from fastmerge.linalg import truncated_svd as truncated_svd
+    from fastmerge.linalg.tiny import principal as principal
     from fastmerge.tensors import merge_to_4bit as merge_to_4bit
 
 
@@ -340,6 +346,12 @@ _ABOVE = {
     "merge_to_4bit": "fastmerge.tensors",
     "merge_experts": "fastmerge.experts",
     "low_rank_sparse": "fastmerge.experts",
+    "factored_svd": "fastmerge.linalg",
+    "polar": "fastmerge.linalg",
+    "principal": "fastmerge.linalg.tiny",
+    "spectrum": "fastmerge.linalg",
+    "svd": "fastmerge.linalg",
+    "truncated_svd": "fastmerge.linalg",
 }
 
 

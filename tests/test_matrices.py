@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,11 @@ def test_rotated_deltas_give_a_rotated_result(method: str) -> None:
 # ---- primitives ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["factored_svd", "polar", "spectrum", "svd", "truncated_svd"])
+def test_decompositions_are_among_the_operations(name: str) -> None:
+    assert getattr(fastmerge.ops, name) is getattr(fastmerge.linalg, name)
+
+
 @pytest.mark.parametrize("route", ["newton", "express", "gram", "svd"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_route_gives_the_polar_factor(route: Any, shape: tuple[int, int]) -> None:
@@ -246,6 +252,42 @@ def test_a_polar_factor_leaves_out_directions_that_are_noise(route: Any) -> None
     assert apart(found.q, u[:, :3] @ vh[:3]) < 1e-5
     if route in ("newton", "express"):
         assert found.route == f"{route}, then gram"
+
+
+#: Least singular values, in what counts as noise beside a largest one of 1, and how Newton's iteration ends.
+LEAST_VALUES = [
+    ([0.0], "newton, then gram"),
+    ([0.1, 0.3, 0.5, 1.5, 1.9], "newton, then gram"),
+    ([0.9], "newton, then gram"),
+    ([1.5], "newton"),
+    ([30.0], "newton"),
+]
+
+
+@pytest.mark.parametrize("least, route", LEAST_VALUES, ids=str)
+@pytest.mark.parametrize("columns", [96, 140])
+def test_iterations_tell_noise_from_the_least_directions(
+    columns: int, least: list[float], route: str
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    u, v = (
+        torch.linalg.qr(torch.randn(n, 96, generator=generator, dtype=torch.float64)).Q
+        for n in (96, columns)
+    )
+    noise = columns * 2.0**-23
+    s = torch.logspace(0, math.log10(3 * noise), 96, dtype=torch.float64)
+    s[-len(least) :] = torch.tensor(least, dtype=torch.float64).flip(0) * noise
+    a = ((u * s) @ v.mT).float()
+    u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)  # of what float32 made of it
+    kept = 96 - sum(x < 1 for x in least)
+    for asked in ("newton", "express"):
+        found = polar(a, route=asked)
+        assert found.rank == kept and found.error <= 1e-5
+        # Steps in float32 know the least direction of those that count to about eps32 / s.
+        worst = 1e-5 if "gram" in found.route else 5e-4
+        assert apart(found.q, u[:, :kept] @ vh[:kept]) < worst
+        if asked == "newton":
+            assert found.route == route
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
