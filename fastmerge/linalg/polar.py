@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastmerge.linalg.gram import gram, times
+from fastmerge.linalg.gram import add_square, gram, mirrored, times
 from fastmerge.linalg.svd import EPS
 
 if TYPE_CHECKING:
@@ -75,13 +75,9 @@ def polar(
         return _by_svd(a, floor)
     if route == "gram":
         return _by_gram(a, floor)
-    # Of a square matrix Newton's first inverse tells what the Gram matrix would.
-    square = gram(a) if route == "express" or m < n else None
-    iterated = (
-        _express(a, square, floor, tolerance)
-        if route == "express" and square is not None
-        else _newton(a, square, floor, tolerance)
-    )
+    square = gram(a)
+    iteration = _newton if route == "newton" else _express
+    iterated = iteration(a, square, floor, tolerance)
     return iterated or _by_gram(a, floor, square)._replace(route=f"{route}, then gram")
 
 
@@ -91,7 +87,7 @@ def _by_svd(a: Tensor, floor: float) -> Polar:
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     rank = int((s > floor * s[0]).sum())
     q = u[:, :rank] @ vh[:rank]
-    return Polar(q, rank, _error(q, rank), "svd")
+    return Polar(q, rank, _error(q, u[:, :rank], u[:, rank:]), "svd")
 
 
 def _by_gram(a: Tensor, floor: float, square: Tensor | None = None) -> Polar:
@@ -99,11 +95,13 @@ def _by_gram(a: Tensor, floor: float, square: Tensor | None = None) -> Polar:
 
     values, vectors = torch.linalg.eigh(gram(a) if square is None else square)
     s = values.clamp_min(0).sqrt()
-    kept = s > floor * s[-1]
-    v, rank = vectors[:, kept], int(kept.sum())
-    root = (v / s[kept]) @ v.mT
+    first = int((s <= floor * s[-1]).sum())
+    noise, v = vectors[:, :first], vectors[:, first:]
+    root = torch.empty_like(vectors)
+    add_square(root, v / s[first:].sqrt(), more=False)
+    root = mirrored(root)
     q = times(lambda columns: root @ columns, a)
-    return Polar(q, rank, _error(q, rank), "gram")
+    return Polar(q, len(s) - first, _error(q, v, noise), "gram")
 
 
 def _has_full_rank(square: Tensor, least: float) -> bool:
@@ -115,10 +113,17 @@ def _has_full_rank(square: Tensor, least: float) -> bool:
     return not int(torch.linalg.cholesky_ex(shifted).info)
 
 
-def _error(q: Tensor, rank: int) -> float:
-    """Measure how far q q^T is from a projector of that rank, whose eigenvalues are 0 and 1: g^2 = g."""
-    g = q @ q.mT
-    return float((g @ g - g).norm()) / math.sqrt(max(1, rank)) if rank < len(q) else _from_one(g)
+def _error(q: Tensor, basis: Tensor, rest: Tensor) -> float:
+    """Measure how far q q^T is from the projector onto a basis, the columns of what is orthogonal to `rest`."""
+    import torch
+
+    g, rank = q @ q.mT, basis.shape[1]
+    few, sign = (basis, -1.0) if rank < rest.shape[1] else (rest, 1.0)
+    few = few.to(q.dtype)
+    g = torch.addmm(g, few, few.mT, alpha=sign)
+    if sign > 0:
+        g.diagonal().sub_(1)
+    return float(g.norm()) / math.sqrt(max(1, rank))
 
 
 def _from_one(g: Tensor) -> float:
@@ -127,16 +132,17 @@ def _from_one(g: Tensor) -> float:
     return float(g.norm()) / math.sqrt(len(g))
 
 
-def _newton(a: Tensor, square: Tensor | None, floor: float, tolerance: float) -> Polar | None:
-    """square: the Gram matrix of a that is wider than high."""
+def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar | None:
     import torch
 
     x, factor = a, None
-    if square is not None:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
+    if len(a) < a.shape[1]:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
         factor, info = torch.linalg.cholesky_ex(square)
         if int(info):
             return None
         x = factor.to(a.dtype)
+    elif not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
+        return None  # found out for less than an inverse takes
     inverse, info = torch.linalg.inv_ex(x)
     if int(info):
         return None
