@@ -191,7 +191,7 @@ def _samples(files: list[Path]) -> Iterator[tuple[int, list[Run]]]:
             yield n, [(file, at, n)]
 
 
-def decomposition_rate(side: int = 512) -> float:
+def decomposition_rate(side: int = 1024) -> float:
     """Time one decomposition here: operations per second, counted as methods count them."""
     import torch
 

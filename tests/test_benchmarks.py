@@ -128,6 +128,7 @@ MODES = {
     "--no-peer": (1, {"bytes_moved", "floor_seconds", "fastmerge", "fastmerge_no_fsync"}),
     "--cold": (1, {"bytes_read", "same"}),
     "--sweep": (3, {"experts", "ns_per_parameter", "ns_per_byte"}),
+    "--decompose": (1, {"planned_mb", "peak_mb", "same_bytes"}),
 }
 
 
@@ -137,7 +138,8 @@ def test_merge_benchmark(
 ) -> None:
     """Ours alone, on a family as small as they come, which goes afterwards."""
     monkeypatch.setattr(bench_merge, "read_bandwidth", read_bandwidth)
-    options = ["--parameters", "1e6", "--runs", "1", "--methods", "linear", "--name", "found"]
+    method = "iso_c" if mode == "--decompose" else "linear"
+    options = ["--parameters", "1e6", "--runs", "1", "--methods", method, "--name", "found"]
     folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench_merge.py", mode, *options, *folders])
     bench_merge.main()
@@ -145,12 +147,14 @@ def test_merge_benchmark(
     n_rows, keys = MODES[mode]
     assert len(found["rows"]) == n_rows
     assert all(set(row) >= keys for row in found["rows"])
-    assert set(found) >= {"machine", "date", "versions", "runs"}
+    assert set(found) >= {"machine", "date", "versions"}
+    assert all(row.get("same_bytes", True) for row in found["rows"])
     assert not list((tmp_path / "work").iterdir())
     tables = {
         "--no-peer": report.merge_table,
         "--cold": report.cold_table,
         "--sweep": report.sweep_table,
+        "--decompose": report.decompose_table,
     }
     assert len(table_rows(tables[mode](found))) == n_rows
 

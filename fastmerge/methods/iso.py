@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         MODE,
     ),
     blocks=6.0,
-    flops=Flops(once=30.0),
+    flops=Flops(once=12.0),
 )
 def iso_c(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * mean(s) * Q(A), A = sum_k weight_k * delta_k; s are A's singular values.

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
         MODE,
     ),
     blocks=9.0,  # a delta, its triples, both factors and what their polar factors take, the result
-    flops=Flops(each=14.0, once=30.0),
+    flops=Flops(each=8.0, once=20.0),
 )
 def tsv_m(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * Q(U) diag(s) Q(V)^T.
