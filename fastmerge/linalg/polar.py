@@ -114,7 +114,7 @@ def _has_full_rank(square: Tensor, least: float) -> bool:
 
 
 def _error(q: Tensor, basis: Tensor, rest: Tensor) -> float:
-    """Measure how far q q^T is from the projector onto a basis, the columns of what is orthogonal to `rest`."""
+    """Measure how far q q^T is from the projector onto `basis`, whose complement `rest` is, by columns."""
     import torch
 
     g, rank = q @ q.mT, basis.shape[1]
