@@ -14,7 +14,7 @@ import pytest
 import quant_oracle as oracle
 import torch
 from coded_tensors import FLAT, Coded, Floats, rounded
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from quant_oracle_values import decode
 
@@ -151,6 +151,15 @@ INPUTS = {
 }
 
 
+ALL_SUBNORMAL = {
+    "rows": 3,
+    "units": 3,
+    "ragged": 1,
+    "kinds": ["subnormal", "signed zeros"],
+    "seed": 2,
+}
+
+
 def _drawn(coding: Coding, draw: dict[str, Any]) -> Floats:
     shape = _shape(coding, draw["rows"], draw["units"], draw["ragged"])
     return _values(coding, shape, draw["kinds"], draw["seed"])
@@ -169,6 +178,7 @@ def _compare(got: dict[str, Any], want: dict[str, Any], place: str) -> None:
 @pytest.mark.parametrize("name", CODINGS)
 @FEW
 @given(draw=st.fixed_dictionaries(INPUTS))
+@example(draw=ALL_SUBNORMAL)  # whole blocks whose scale underflows
 def test_bytes_are_the_oracles(name: str, draw: dict[str, Any]) -> None:
     coding = CODINGS[name]
     x = _drawn(coding, draw)

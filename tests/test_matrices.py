@@ -532,7 +532,7 @@ def test_a_plan_tells_what_decompositions_take(tmp_path: Path) -> None:
     document = {"merge_method": "tsv_m", "base_model": str(tmp_path / "base")}
     models = [{"model": str(tmp_path / f"e{k}")} for k in (1, 2)]
     plan = fastmerge.plan({**document, "models": models})
-    assert plan.flops == (2 * 14 + 30) * 96 * 64 * 64
+    assert plan.flops == (2 * 8 + 20) * 96 * 64 * 64
     seen: list[float] = []
     fastmerge.merge({**document, "models": models}, tmp_path / "out", on_flops=seen.append)
     assert seen == [plan.flops]
