@@ -501,9 +501,8 @@ def fp8_scale(kind: ScaleType, peak: np.float32) -> tuple[np.float32, Bytes]:
     """The scale as it is stored, and its bytes."""
     s = peak / f32(448) if peak > 0 else f32(1)
     if kind is ScaleType.E8M0:
-        e = (
-            min(254, max(0, int(np.ceil(np.log2(np.float64(s)))) + 127)) if s else 0
-        )  # it underflowed
+        exponent = int(np.ceil(np.log2(np.float64(s)))) if s else -127  # the quotient underflowed
+        e = min(254, max(0, exponent + 127))
         return power_of_two(e - 127), np.array([e], np.uint8)
     stored = {ScaleType.F16: DType.F16, ScaleType.BF16: DType.BF16}.get(kind, DType.F32)
     return f32(in_type(s, stored)), scale_bytes(kind, np.array([s], f32))

@@ -147,7 +147,10 @@ AVERAGED = Plain(_mean_walk, _mean_oracle)
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiplications and additions for a matrix [m, n], r the shorter side, in units of m n r."""
+    """Operations for a matrix [m, n], r the shorter side, in units of m n r.
+
+    Counted, or, of TSV-M and Iso-C, fitted to what they took at the rate of an eigendecomposition.
+    """
 
     each: float = 0.0  # of each expert
     once: float = 0.0
