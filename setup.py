@@ -2,7 +2,8 @@
 found, fastmerge._cuda: kernels for NVIDIA GPUs, with CUDA's runtime inside: it loads without a driver.
 
 Needs only a compiler and pybind11 (a build requirement); never imports torch, so the wheel fits every torch.
-FASTMERGE_CUDA=0 leaves _cuda out, =1 makes a missing nvcc an error.
+FASTMERGE_CUDA=0 leaves _cuda out, =1 makes a missing nvcc an error. FASTMERGE_CUDA_TARGETS=90 (or 80,90)
+compiles for these compute capabilities alone: for a machine's own card, in a third of the time.
 """
 
 import os
@@ -31,7 +32,7 @@ ISAS = list(ISA_FLAGS) if IS_X86 else ["baseline"]
 
 
 # Compiled for these, and as PTX that a driver compiles for what comes later.
-CUDA_TARGETS = (80, 90, 100)
+CUDA_TARGETS = [int(t) for t in os.environ.get("FASTMERGE_CUDA_TARGETS", "80,90,100").split(",")]
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",

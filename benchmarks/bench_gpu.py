@@ -1,12 +1,13 @@
 """Build, verify and time every GPU kernel on this machine: one command, eight minutes at most.
 
     python benchmarks/bench_gpu.py [--quick] [--only verify,kernels,small,rivals] [--backend cuda|triton|both]
-        [--elements N] [--seed N] [--out FILE] [--no-build]
+        [--elements N] [--seed N] [--seconds N] [--out FILE] [--no-build]
     python benchmarks/bench_gpu.py --end-to-end [--parameters N] [--folder DIR]     whole merges of files
 
-Needs a GPU, torch, triton, numpy, pybind11 and a compiler; nothing from a network. Every kernel is held to
-the cpu backend's bits first, and what fails is not timed. Times are on the stream, in the launches alone;
-`call` is the host's view, planning included. Exit status: 1 a kernel is wrong, 2 nothing could run.
+Needs a GPU, a compiler, pybind11, triton and what fastmerge itself needs; nothing from a network. Every
+kernel is held to the cpu backend's bits first, and what fails is not timed. Times are on the stream, in the
+launches alone; `call` is the host's view, planning included. Exit status: 1 a kernel is wrong, 2 nothing
+could run.
 
 `--end-to-end` merges a synthetic family of as many parameters as memory and disk allow, from the page cache
 and from the disk, beside measured pinned copies and direct reads, and mergekit --cuda where it is installed.
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's fastmerge, installed or not
 import gpu_device  # noqa: E402
 import torch  # noqa: E402
 from gpu_device import Gpu, Host, Subject  # noqa: E402
-from gpu_parts import PARTS, QUICK, REHEARSAL, Bench, Progress, Sizes, line_of  # noqa: E402
+from gpu_parts import BUDGET, PARTS, QUICK, REHEARSAL, Bench, Progress, Sizes, line_of  # noqa: E402
 
 BUILD_SECONDS = 300.0
 
@@ -68,6 +69,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="benchmarks/results/gpu-<card>.json")
     parser.add_argument("--elements", type=int, help="of each operand that is timed; 64 Mi")
     parser.add_argument("--seed", type=int, help="of all operands; from the clock")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="for all of it; 480")
     parser.add_argument("--quick", action="store_true", help="ten repetitions, fewer checks")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=", ".join(PARTS))
     parser.add_argument("--backend", choices=("cuda", "triton", "both"), default="both")
@@ -143,7 +145,7 @@ def end_to_end(options: argparse.Namespace, device: Host, progress: Progress) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
-    progress = Progress()
+    progress = Progress(options.seconds)
     if options.rehearse:
         progress.say("REHEARSAL on the host: no time below means anything")
     elif not torch.cuda.is_available():

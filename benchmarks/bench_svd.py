@@ -55,13 +55,13 @@ class Inputs:
     products: list[Tensor]
 
 
-def inputs(shape: tuple[int, int], n_experts: int, seed: int = 0) -> Inputs:
+def inputs(shape: tuple[int, int], n_experts: int, device: str = "cpu", seed: int = 0) -> Inputs:
     """Draw experts: a part of rank 16 in noise of about its size, as changes of fine-tunes look."""
     generator = torch.Generator().manual_seed(seed)
     m, n = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator).to(device)
 
     factors = [(normal(m, RANK) * 0.01, normal(RANK, n) * 0.01) for _ in range(n_experts)]
     products = [b @ a for b, a in factors]
@@ -112,7 +112,7 @@ def oracle(method: str, deltas: list[Tensor], **params: Any) -> Callable[[], Ten
     def run() -> Tensor:
         context = TensorContext("w", tuple(deltas[0].shape), len(deltas), n_model=deltas[0].numel())
         assert spec.oracle is not None
-        wide = [d.double() for d in deltas]
+        wide = [d.double().cpu() for d in deltas]
         return spec.oracle(torch.zeros_like(wide[0]), wide, resolved, context)
 
     return run
@@ -203,7 +203,7 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
             lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
             rivals(lambda _: svd_rivals.sub_moe(deltas, len(square) // 4)),
             lambda: gram_and_eigh(torch.cat(deltas, 1), 1),
-            lambda: svd_rivals.sub_moe([d.double() for d in deltas], len(square) // 4),
+            lambda: svd_rivals.sub_moe([d.double().cpu() for d in deltas], len(square) // 4),
             added=False,
         ),
     ]
@@ -212,12 +212,20 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
 # ---- timing ----------------------------------------------------------------------------------------
 
 
+def finish() -> None:
+    """Wait for what a GPU has been given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(run: Callable[[], object], repeat: int) -> float:
     """Return the least wall time of some runs; one that takes over 2 s is run once."""
     best = math.inf
     for _ in range(repeat):
+        finish()
         start = time.perf_counter()
         run()
+        finish()
         best = min(best, time.perf_counter() - start)
         if best > 2:
             break
@@ -225,7 +233,8 @@ def seconds(run: Callable[[], object], repeat: int) -> float:
 
 
 def apart(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    want = want.double().cpu()
+    return float((got.double().cpu() - want).norm() / want.norm())
 
 
 def measured(case: Case, given: Inputs, repeat: int) -> dict[str, Any]:
@@ -284,18 +293,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[f"{m}x{n}" for m, n in SHAPES])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: all of it on a GPU")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "svd.json"
     )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = FusionBench(options.rivals) if options.rivals else None
+    bench = FusionBench(options.rivals, options.device) if options.rivals else None
     if bench is None:
         print("without FusionBench: give --rivals a folder that holds it")
     data: dict[str, Any] = {
         **environment("fastmerge", "torch"),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
         "rank": RANK,
         "repeat": options.repeat,
         "steps": STEPS,
@@ -307,7 +318,7 @@ def main() -> None:
     for shape in [(int(m), int(n)) for m, n in (text.split("x") for text in options.shapes)]:
         large = shape[0] * shape[1] > LARGE
         for n_experts in options.experts:
-            given = inputs(shape, n_experts)
+            given = inputs(shape, n_experts, options.device)
             for case in cases(given, bench, RANK, 3 if large else 30):
                 if options.methods and not any(part in case.name for part in options.methods):
                     continue

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_ferry import placed
 from gpu_operands import cases as toys
 from gpu_operands import chunk_of, compare, family, to_host, whole
 from gpu_timing import Run
 
-from fastmerge import ops
-from fastmerge.backends import Kernels
+from fastmerge import bench_coded, ops
+from fastmerge.backends import Buffer, Coded, Kernels
 from fastmerge.evaluate import run_walk, run_walks, sweep_statistic
 from fastmerge.stages import (
     Combine,
@@ -197,6 +198,71 @@ def _mask(name: str, k: int, keep: Keep, reads: bool) -> Case:
     return Case(f"{name} K={k}", "keep mask", k, n_bytes, prepare)
 
 
+# ---- codes -----------------------------------------------------------------------------------------
+
+#: Formats that are timed: one of each arithmetic and layout that has a kernel of its own.
+CODED = ("nf4", "int4-asym", "nvfp4", "mxfp4", "fp8", "q4_0", "q4_k")
+
+
+def _bytes_of(x: Buffer | Coded) -> int:
+    parts = x.slots.values() if isinstance(x, Coded) else [x]
+    return sum(part.n * part.dtype.itemsize for part in parts)
+
+
+def _empty(name: str, n: int, where: torch.device) -> Coded:
+    return placed(bench_coded.empty(name, n)[1], where)
+
+
+def _into(name: str) -> Case:
+    """TIES into codes: reads base and experts, writes codes and scales."""
+
+    def prepare(kernels: Kernels, held: toys.Operands) -> Callable[[], Any]:
+        where = held.experts[0].device
+        walk, operands = _ties(held), whole(held)
+        out = _empty(name, operands.n, where)
+
+        def run() -> Any:
+            run_walk(kernels, walk, operands, out, kernels.chunk_elements)
+            return [part.owner for part in out.slots.values()]
+
+        return run
+
+    def n_bytes(n: int) -> float:
+        return 10.0 * n + _bytes_of(bench_coded.empty(name, n)[1])
+
+    return Case(f"ties to {name} K=4", "codes", 4, n_bytes, prepare)
+
+
+def _from(name: str, k: int) -> Case:
+    """The mean of codes, bf16: reads codes and scales, writes 2 bytes an element."""
+
+    def prepare(kernels: Kernels, held: toys.Operands) -> Callable[[], Any]:
+        where, operands = held.experts[0].device, whole(held)
+        alone = Walk(np.ones((1, 1)), add_base=False)
+        experts = []
+        for expert in operands.experts:
+            coded = _empty(name, operands.n, where)
+            run_walk(kernels, alone, replace(operands, base=None, experts=[expert]), coded)
+            experts.append(coded)
+        walk, out = _linear(held), torch.empty_like(held.experts[0])
+        coded_operands = replace(operands, base=None, experts=experts)
+        target = ops.buffer_of(out, "out")
+
+        def run() -> Any:
+            run_walk(kernels, walk, coded_operands, target, kernels.chunk_elements)
+            return out
+
+        return run
+
+    def n_bytes(n: int) -> float:
+        return 2.0 * n + k * _bytes_of(bench_coded.empty(name, n)[1])
+
+    return Case(f"average of {name} K={k}", "codes", k, n_bytes, prepare, with_base=False)
+
+
+# ---- all of them -----------------------------------------------------------------------------------
+
+
 def all_cases() -> list[Case]:
     """Return every kernel in its main shapes."""
     found = []
@@ -243,7 +309,7 @@ def all_cases() -> list[Case]:
             lambda held: OrderStatistic(of="variance", fraction_of_nonzero=0.1), in_sweeps=True,
         ),
     ]  # fmt: skip
-    return found
+    return found + [_into(name) for name in CODED] + [_from(name, 4) for name in CODED]
 
 
 # ---- many small tensors ----------------------------------------------------------------------------

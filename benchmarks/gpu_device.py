@@ -11,7 +11,6 @@ import importlib.util
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -313,38 +312,3 @@ def subject_of(name: str, device: Host, emulated: Path | None = None) -> Subject
         if isinstance(device, Gpu):
             meter_triton(meter)
     return Subject(kernels, device, meter, name)
-
-
-# ---- the API without what it does not need here ----------------------------------------------------
-
-
-class _Absent:
-    """Any class of a package that is not installed."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
-
-
-class _AbsentPackage(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (_Absent,), {})
-
-
-def api() -> ModuleType:
-    """Import fastmerge.api where pydantic or PyYAML may be missing: merging tensors in memory uses neither.
-
-    Machines lent for a measurement often have torch and little else.
-    """
-    absent = []
-    for package in ("pydantic", "yaml"):
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            sys.modules[package] = _AbsentPackage(package)
-            absent.append(package)
-    try:
-        return importlib.import_module("fastmerge.api")
-    finally:  # others that try to import these must find them missing
-        for package in absent:
-            del sys.modules[package]

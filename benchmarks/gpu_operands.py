@@ -20,6 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import agreement as agreement
 import cases as cases
+import coded_merges as coded_merges
+import device_merges as device_merges
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from gpu_operands import Mismatch, compare, to_host
 from gpu_timing import Spread, Timer, copy_bandwidth
 from gpu_verify import Verdict, Verification, verify
 
-from fastmerge import ops
+from fastmerge import api, ops
 from fastmerge.backends import Kernels
 
 BUDGET = 480.0
@@ -304,7 +304,6 @@ class Bench:
     def rivals(self, seconds: float) -> None:
         """Whole methods, statistics and all, beside plain torch and compiled torch on the same tensors."""
         clock = self.progress.until(seconds)
-        api = gpu_device.api()
         k = 4
         sets = operand_sets(self.device, self.sizes.elements, k, self.seed + 1, self.sizes.n_sets)
         checked = operand_sets(

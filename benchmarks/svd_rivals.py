@@ -27,7 +27,8 @@ Deltas = Sequence[Tensor]
 class FusionBench:
     """FusionBench's functions on lists of deltas of one matrix."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.device = device
         self.root = folder / "fusion_bench"
         if not self.root.is_dir():
             raise SystemExit(
@@ -58,17 +59,17 @@ class FusionBench:
         run = self._function(
             "task_singular_vector/utils/TSVM_utils.py", "compute_and_sum_svd_mem_reduction"
         )
-        return lambda deltas: run([{"w": d} for d in deltas], accelerator="cpu")["w"]
+        return lambda deltas: run([{"w": d} for d in deltas], accelerator=self.device)["w"]
 
     def iso_c(self) -> Callable[[Deltas], Tensor]:
         run = self._function("isotropic_merging/iso_utils.py", "iso_c")
-        return lambda deltas: run([{"w": d} for d in deltas], accelerator="cpu")["w"]
+        return lambda deltas: run([{"w": d} for d in deltas], accelerator=self.device)["w"]
 
     def wudi(self, steps: int) -> Callable[[Deltas], Tensor]:
         run = self._function("wudi/wudi.py", "wudi_merging")
-        return lambda deltas: run([{"w": d} for d in deltas], accelerator="cpu", iter_num=steps)[
-            "w"
-        ]
+        return lambda deltas: run(
+            [{"w": d} for d in deltas], accelerator=self.device, iter_num=steps
+        )["w"]
 
     def knots(self) -> Callable[[Deltas], Tensor]:
         """Its alignment, and the average of what it aligned: what it does beside is its ties, elsewhere."""

@@ -11,6 +11,7 @@ Nothing here imports torch but the verification, which runs the reference backen
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -265,5 +266,12 @@ def environment(*packages: str) -> dict[str, Any]:
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}, "
         f"Python {platform.python_version()}",
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return str(importlib.import_module(package).__version__)
