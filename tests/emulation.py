@@ -31,7 +31,7 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden"
 def sources() -> list[Path]:
     """Return the CUDA backend's sources, the slowest to compile first."""
     found = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]
-    found.sort(key=lambda p: (not p.name.startswith(("fused_", "quant4")), p.name))
+    found.sort(key=lambda p: (not p.name.startswith(("fused_", "lean_", "quant4")), p.name))
     return [*found, CSRC / "bindings" / "cuda.cpp"]
 
 

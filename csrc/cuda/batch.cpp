@@ -1,6 +1,7 @@
 #include "cuda/batch.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace fastmerge {
@@ -74,6 +75,25 @@ bool is_aligned(const void* p, DType t, int64_t first, int width) {
     return (reinterpret_cast<uintptr_t>(p) + uintptr_t(first * itemsize(t))) % uintptr_t(bytes) == 0;
 }
 
+bool is_by_tensor(const Cut& cut) {
+    return !cut.value || cut.axis == Axis::Tensor;
+}
+
+/// What keeps an element, if a kernel of bfloat16 alone can take the job.
+Stage stage_of(const Job& job, Election election) {
+    const WalkPlan& plan = job.plan;
+    const Operands& in = job.in;
+    const Keep& keep = plan.keep;
+    bool fits = in.n_experts <= MOST_EXACT && election != Election::Other && job.out_type == DType::BF16;
+    fits &= !keep.select.value && !job.ranks.kept && is_by_tensor(keep.trim) && is_by_tensor(keep.remove);
+    fits &= !in.base || in.base_type == DType::BF16;
+    for (int e = 0; e < in.n_experts; ++e)  // finite values stay so, or become infinite
+        fits &= in.expert_type[e] == DType::BF16 && std::isfinite(float(plan.coefficient[e * plan.units]));
+    const bool cuts = keep.trim.value || keep.remove.value, draws = keep.drop == DropKind::Uniform;
+    if (!fits || (cuts && draws)) return Stage::Any;
+    return cuts ? Stage::Cut : draws ? Stage::Draw : Stage::All;
+}
+
 /// The kernel that can take whole runs of the job.
 Variant variant_of(const Job& job, bool f64) {
     Variant v;
@@ -101,20 +121,17 @@ Variant variant_of(const Job& job, bool f64) {
                                                              : Election::Other;
     // Only some kernels of experts in registers look at the variance.
     if (keep.select.value && v.election != Election::Other) v.unrolled = 0;
+    v.stage = stage_of(job, v.election);
     return v;
 }
 
-/// Whether the last tie of a cut lies in [first, end), so that equal keys there are on both sides, or the cut
-/// may differ from run to run.
-bool is_split(const Cut& cut, int n_experts, int64_t first, int64_t end) {
-    if (!cut.value) return false;
-    if (cut.axis != Axis::Tensor) return true;
+/// Add to `found` where, in [first, end), ties of a cut end: equal keys before it are above, behind it not.
+void find_ends(const Cut& cut, int n_experts, int64_t first, int64_t end, std::vector<int64_t>& found) {
+    if (!cut.value) return;
     for (int k = 0; k < n_experts; ++k) {
-        const double value = cut.value[k * cut.units];
-        const int64_t tie = cut.last_tie[k * cut.units];
-        if (value >= 0 && tie >= first && tie < end - 1) return true;
+        const int64_t behind = cut.last_tie[k * cut.units] + 1;
+        if (cut.value[k * cut.units] >= 0 && behind > first && behind < end) found.push_back(behind);
     }
-    return false;
 }
 
 /// Elements to leave out at the beginning so that runs of `width` are aligned everywhere; -1 if there is
@@ -146,15 +163,31 @@ std::vector<Piece>& Batch::pieces_of(const Variant& variant, int n_experts) {
 void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job) {
     const Operands& in = jobs_[size_t(job)].in;
     const Keep& keep = jobs_[size_t(job)].plan.keep;
-    for (int64_t a = begin; a < end; a += PIECE_ELEMENTS) {
-        const Piece piece = {a, std::min(a + PIECE_ELEMENTS, end), job};
-        Variant v = variant;
-        if (v.unrolled > 0 && (is_split(keep.trim, n_experts, in.start + a, in.start + piece.end) ||
-                               is_split(keep.remove, n_experts, in.start + a, in.start + piece.end) ||
-                               is_split(keep.select, 1, in.start + a, in.start + piece.end)))
-            v.unrolled = 0;
-        pieces_of(v, n_experts).push_back(piece);
+    const auto pieces = [&](const Variant& v, int64_t a, int64_t b) {
+        for (; a < b; a += PIECE_ELEMENTS)
+            pieces_of(v, n_experts).push_back({a, std::min(a + PIECE_ELEMENTS, b), job});
+    };
+    if (variant.unrolled <= 0) return pieces(variant, begin, end);
+    Variant careful = variant;
+    careful.unrolled = 0, careful.stage = Stage::Any;
+    if (!is_by_tensor(keep.trim) || !is_by_tensor(keep.remove) || !is_by_tensor(keep.select))
+        return pieces(careful, begin, end);  // cuts may differ from run to run
+    // Each piece has one bound of each cut: a run in which ties end is one of its own.
+    std::vector<int64_t> ends;
+    find_ends(keep.trim, n_experts, in.start + begin, in.start + end, ends);
+    find_ends(keep.remove, n_experts, in.start + begin, in.start + end, ends);
+    find_ends(keep.select, 1, in.start + begin, in.start + end, ends);
+    std::sort(ends.begin(), ends.end());
+    const int64_t width = variant.narrow ? 8 : 4;
+    int64_t done = begin;
+    for (const int64_t place : ends) {
+        const int64_t at = place - in.start, run = begin + (at - begin) / width * width;
+        if (run < done) continue;  // the same run again
+        pieces(variant, done, run);
+        done = run;
+        if (run < at) pieces(careful, run, run + width), done = run + width;
     }
+    pieces(variant, done, end);
 }
 
 void Batch::cut_tiles(const CodedResult& result, bool f64, int job) {

@@ -157,6 +157,9 @@ cudaError_t run_walks(const Batch& batch, cudaStream_t stream) {
             const auto kernel = l.variant.f64 ? walk_each_kernel<double> : walk_each_kernel<float>;
             status = launch(kernel, dim3(resident_blocks(kernel, l.n_pieces, 0)), dim3(THREADS), 0, stream,
                             jobs, l.pieces, l.n_pieces);
+        } else if (l.variant.stage != Stage::Any) {
+            status = l.variant.election == Election::None ? run_lean_none(l, jobs, stream)
+                                                          : run_lean_mass(l, jobs, stream);
         } else if (l.variant.election == Election::None) {
             status = run_walks_none(l, jobs, stream);
         } else if (l.variant.election == Election::Mass) {

@@ -9,8 +9,6 @@
 namespace fastmerge {
 namespace cuda {
 
-constexpr int MOST_EXACT = 8;  // kernels of up to as many experts are for that number alone
-
 /// One expert of the piece in work, in shared memory.
 struct Prepared {
     const void* data;

@@ -10,6 +10,8 @@ namespace cuda {
 cudaError_t run_walks(const Batch& batch, cudaStream_t stream);
 cudaError_t run_walks_none(const Batch::Launch& l, const Job* jobs, cudaStream_t stream);
 cudaError_t run_walks_mass(const Batch::Launch& l, const Job* jobs, cudaStream_t stream);
+cudaError_t run_lean_none(const Batch::Launch& l, const Job* jobs, cudaStream_t stream);
+cudaError_t run_lean_mass(const Batch::Launch& l, const Job* jobs, cudaStream_t stream);
 cudaError_t run_walks_other(const Batch::Launch& l, const Job* jobs, cudaStream_t stream);
 
 /// Write what the keep stages leave of one job: mask, [K, n] uint8; or bits, [K, words] of 64.

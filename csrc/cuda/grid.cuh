@@ -14,7 +14,8 @@ unsigned resident_blocks(void (*kernel)(P...), int64_t wanted, size_t shared_byt
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes);
     const int64_t most = int64_t(processors) * std::max(each, 1);
-    return unsigned(std::max<int64_t>(1, std::min(wanted, most)));
+    const int64_t rounds = (wanted + most - 1) / most;  // as many for every block, or the last is one of few
+    return unsigned(rounds > 0 ? (wanted + rounds - 1) / rounds : 1);
 }
 
 /// The instance of a kernel of operands, name<Real, Load>, for a Kind.

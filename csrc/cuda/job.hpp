@@ -41,6 +41,7 @@ struct Kind {
 };
 
 constexpr int THREADS = 256;       // of a block, in every kernel
+constexpr int MOST_EXACT = 8;      // kernels of up to as many experts are for that number alone
 constexpr int MOST_UNROLLED = 16;  // experts that the fused walk keeps in registers at once
 
 inline bool has_coded(const Operands& in) {
@@ -52,20 +53,24 @@ inline bool has_coded(const Operands& in) {
 /// How the fused walk votes; each is a kernel of its own.
 enum class Election : int32_t { None = 0, Mass = 1, Other = 2 };
 
+/// What keeps an element, in kernels of bfloat16 alone (lean.cuh); Any: whatever is asked for, of any types.
+enum class Stage : int32_t { Any = 0, All = 1, Cut = 2, Draw = 3 };
+
 /// A kernel of the fused walk. f64 and whatever `unrolled` < 0 means go element by element, coded operands
 /// and results by whatever is asked for.
 struct Variant {
     int unrolled = -1;    // experts in registers; 0: looped over; -1: element by element
     bool narrow = false;  // all operands have 16 bits: 8 elements a thread, else 4
     Election election = Election::None;
+    Stage stage = Stage::Any;
     bool f64 = false;
     bool coded = false;        // an operand is
     int32_t shared_bytes = 0;  // of a block, where the result is coded
     int32_t most_blocks = 0;   // as CodedResult's
     bool deep = false;         // the result's format needs much memory of each thread
     bool operator==(const Variant& o) const {
-        return unrolled == o.unrolled && narrow == o.narrow && election == o.election && f64 == o.f64 &&
-               coded == o.coded && shared_bytes == o.shared_bytes && most_blocks == o.most_blocks &&
+        return unrolled == o.unrolled && narrow == o.narrow && election == o.election &&
+               stage == o.stage && f64 == o.f64 && coded == o.coded && shared_bytes == o.shared_bytes && most_blocks == o.most_blocks &&
                deep == o.deep;
     }
 };

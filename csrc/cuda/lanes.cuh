@@ -45,6 +45,12 @@ __device__ __forceinline__ void widen_raw(const Raw& raw, DType t, float* x) {
     }
 }
 
+/// Whether runs of V elements are bfloat16 and lie at multiples of their width from element i on.
+template <int V>
+__device__ __forceinline__ bool is_bf16_run(const void* p, DType t, int64_t i) {
+    return t == DType::BF16 && (reinterpret_cast<uintptr_t>(p) + uintptr_t(2 * i)) % (2 * V) == 0;
+}
+
 __device__ __forceinline__ uint32_t pair(uint16_t low, uint16_t high) {
     return uint32_t(low) | uint32_t(high) << 16;
 }

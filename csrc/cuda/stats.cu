@@ -43,6 +43,25 @@ __device__ __forceinline__ void load_kept(const Job& job, int k, int64_t i, Real
     zero_dropped<Real, V>(kept, v);
 }
 
+constexpr int AHEAD = 4;  // runs whose loads are under way before the first is needed
+
+/// Whether base and expert k can be read so from element i of the chunk on.
+template <class Real, int V>
+__device__ __forceinline__ bool reads_ahead(const Operands& in, int k, int64_t i) {
+    return sizeof(Real) == 4 && is_bf16_run<V>(in.expert[k], in.expert_type[k], i) &&
+           (!in.base || is_bf16_run<V>(in.base, in.base_type, i));
+}
+
+/// Deltas of a run that was read so.
+template <int V, class Real>
+__device__ __forceinline__ void widen_delta(const Raw& raw, const Raw& raw_base, Real* d) {
+    float x[V], base[V];
+    widen_raw<V>(raw, DType::BF16, x);
+    widen_raw<V>(raw_base, DType::BF16, base);
+    FM_UNROLL
+    for (int j = 0; j < V; ++j) d[j] = Real(x[j] - base[j]);
+}
+
 template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     moment_leaves_kernel(const Job* at, bool square, int64_t total, double* leaves, const double* carried,
@@ -54,6 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int64_t end = in.start + in.n, first_segment = in.start / SEGMENT,
                   n = (end + SEGMENT - 1) / SEGMENT;
     const bool whole_runs = !splits_rows(job.plan.keep) || in.cols % V == 0;
+    const bool keeps_all = !job.plan.keep.any() && !job.ranks.kept;
     const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32,
                   warps = int64_t(gridDim.x) * THREADS / 32;
     for (int64_t s0 = first_segment + warp * SEGMENTS; s0 < n; s0 += warps * SEGMENTS) {
@@ -69,8 +89,27 @@ __global__ void __launch_bounds__(THREADS, 1)
                 all[j] = continued ? carried[place + j] : 0.0;
                 kept[j] = continued ? carried[place + BLOCK + j] : 0.0;
             }
-            for (int r = 0; here && r < SEGMENT / BLOCK; ++r) {
-                const int64_t flat = s * SEGMENT + r * BLOCK + t * V, i = flat - in.start;
+            const int64_t begin = s * SEGMENT - in.start;  // in the chunk
+            const bool ahead = here && keeps_all && begin >= 0 && begin + SEGMENT <= in.n &&
+                               reads_ahead<Real, V>(in, k, begin);
+            for (int r = 0; ahead && r < SEGMENT / BLOCK; r += AHEAD) {
+                Raw raw[AHEAD], raw_base[AHEAD] = {};
+                FM_UNROLL
+                for (int u = 0; u < AHEAD; ++u) {
+                    const int64_t i = begin + (r + u) * BLOCK + t * V;
+                    raw[u] = load_raw<V>(in.expert[k], DType::BF16, i);
+                    if (in.base) raw_base[u] = load_raw<V>(in.base, DType::BF16, i);
+                }
+                FM_UNROLL
+                for (int u = 0; u < AHEAD; ++u) {
+                    Real d[V];
+                    widen_delta<V>(raw[u], raw_base[u], d);
+                    FM_UNROLL
+                    for (int j = 0; j < V; ++j) all[j] += moment_of(square, d[j]);
+                }
+            }
+            for (int r = 0; here && !ahead && r < SEGMENT / BLOCK; ++r) {
+                const int64_t i = begin + r * BLOCK + t * V;
                 if (i <= -V || i >= in.n) continue;
                 if (whole_runs && i >= 0 && i + V <= in.n) {
                     Real d[V], v[V];
@@ -88,6 +127,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                         }
                 }
             }
+            if (keeps_all) FM_UNROLL
+            for (int j = 0; j < V; ++j) kept[j] = all[j];
             if (here && !complete) FM_UNROLL
             for (int j = 0; j < V; ++j) carry[place + j] = all[j], carry[place + BLOCK + j] = kept[j];
             const double sum_all = fold_lanes<V>(all), sum_kept = fold_lanes<V>(kept);
@@ -130,7 +171,7 @@ __device__ __forceinline__ int64_t pair_of(int j, int k, int n_experts) {
 /// Two by two experts at a time: with more, sums leave the registers; with fewer, operands are read more
 /// often.
 template <class Real, class Load>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 2)
     gram_leaves_kernel(const Job* at, bool by_row, int64_t total, double* leaves, const double* carried,
                        double* carry) {
     constexpr int V = 4, GROUP = BLOCK / V, SEGMENTS = 32 / GROUP;
@@ -162,7 +203,40 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int v = 0; v < V; ++v)
                 sum[a][b][v] = continued && wanted ? carried[pair_of(j, k, K) * BLOCK + t * V + v] : 0.0;
         }
-        for (int r = 0; here && r < SEGMENT / BLOCK; ++r) {
+        const auto add = [&](const Real(&x)[2][V], const Real(&y)[2][V]) {
+            FM_UNROLL
+            for (int a = 0; a < 2; ++a) FM_UNROLL
+            for (int b = 0; b < 2; ++b) FM_UNROLL
+            for (int v = 0; v < V; ++v) sum[a][b][v] += double(x[a][v]) * double(y[b][v]);
+        };
+        const int64_t from = u * unit + begin - in.start;  // in the chunk
+        const int ks[4] = {2 * j0, 2 * j0 + 1, 2 * k0, 2 * k0 + 1};
+        bool ahead = here && from >= 0 && (by_row ? unit - begin : in.n - from) >= SEGMENT;
+        for (const int k : ks) ahead = ahead && k < K && reads_ahead<Real, V>(in, k, from);
+        for (int r = 0; ahead && r < SEGMENT / BLOCK; r += AHEAD) {
+            Raw raw[4][AHEAD], raw_base[AHEAD] = {};
+            FM_UNROLL
+            for (int a = 0; a < AHEAD; ++a) {
+                const int64_t i = from + (r + a) * BLOCK + t * V;
+                if (in.base) raw_base[a] = load_raw<V>(in.base, DType::BF16, i);
+                FM_UNROLL
+                for (int e = 0; e < 4; ++e)
+                    if (e < 2 || !diagonal) raw[e][a] = load_raw<V>(in.expert[ks[e]], DType::BF16, i);
+            }
+            FM_UNROLL
+            for (int a = 0; a < AHEAD; ++a) {
+                Real x[2][V], y[2][V];
+                FM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    widen_delta<V>(raw[e][a], raw_base[a], x[e]);
+                    if (!diagonal) widen_delta<V>(raw[2 + e][a], raw_base[a], y[e]);
+                    FM_UNROLL
+                    for (int v = 0; v < V; ++v) y[e][v] = diagonal ? x[e][v] : y[e][v];
+                }
+                add(x, y);
+            }
+        }
+        for (int r = 0; here && !ahead && r < SEGMENT / BLOCK; ++r) {
             const int64_t position = begin + r * BLOCK + t * V, i = u * unit + position - in.start;
             const int64_t left = by_row ? unit - position : in.n - i;
             if (left <= 0) break;
@@ -195,11 +269,15 @@ __global__ void __launch_bounds__(THREADS, 1)
                 FM_UNROLL
                 for (int v = 0; v < V; ++v) y[b][v] = diagonal ? x[b][v] : y[b][v];
             }
+            if (full) {
+                add(x, y);
+                continue;
+            }
             FM_UNROLL
             for (int a = 0; a < 2; ++a) FM_UNROLL
             for (int b = 0; b < 2; ++b) FM_UNROLL
             for (int v = 0; v < V; ++v)
-                if (full || (v < left && i + v >= 0)) sum[a][b][v] += double(x[a][v]) * double(y[b][v]);
+                if (v < left && i + v >= 0) sum[a][b][v] += double(x[a][v]) * double(y[b][v]);
         }
         FM_UNROLL
         for (int a = 0; a < 2; ++a) FM_UNROLL
