@@ -250,7 +250,7 @@ FALLS_BACK = (
 )
 
 PRIMITIVES = [
-    Item("gram", on_matrix(of_gram), claims(1e-15), [(64, 3000)]),
+    Item("gram", on_matrix(of_gram), claims(5e-15), [(64, 3000)]),
     Item(
         "singular values by gram, of the largest",
         on_matrix(of_values("gram")),

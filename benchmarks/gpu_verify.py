@@ -477,7 +477,7 @@ def _decomposes(spec: Any, given: dict[str, Any], held: cases.Operands) -> bool:
 
 def near(got: Any, want: Any, base: torch.Tensor | None) -> None:
     """Raise Mismatch unless a merged matrix differs by no more than an ulp, or 1 % of what it changes, on
-    average 0.1 %."""
+    average 0.1 %. One element in 100 000 may differ by more: elections that are all but tied."""
     a, b = got.detach().cpu().double(), want.double()
     change = b - base.double() if base is not None else b
     size = float(change.square().mean().sqrt())
@@ -485,7 +485,7 @@ def near(got: Any, want: Any, base: torch.Tensor | None) -> None:
     ulp = 2 * torch.finfo(want.dtype).eps * b.abs()
     wrong = (apart > ulp + 1e-2 * size).reshape(-1).nonzero()
     beyond = (apart - ulp).clamp_min(0).square().mean().sqrt()
-    if len(wrong) or not float(beyond) <= 1e-3 * size:
+    if len(wrong) > a.numel() // 100_000 or not float(beyond) <= 1e-3 * size:
         i = int(wrong[0]) if len(wrong) else int(apart.argmax())
         raise Mismatch(i, float(a.reshape(-1)[i]), float(b.reshape(-1)[i]), len(wrong), a.numel())
 

@@ -22,6 +22,7 @@ from fastmerge.checkpoint.wording import place, shown
 from fastmerge.coding import Coding, Format
 from fastmerge.dtypes import DType
 from fastmerge.errors import CheckpointError
+from fastmerge.linalg import cholesky
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +86,9 @@ def factored(h: Tensor) -> Tensor:
     # With J, which reverses order: J H J = L L^T, so H = R R^T with R = J L J, upper, and U is R's inverse.
     reverse = h.flip(0, 1)
     reverse.diagonal().add_(damp)
-    lower, failed = torch.linalg.cholesky_ex(reverse)
+    lower = cholesky(reverse)
     del reverse
-    if bool(failed):
+    if lower is None:
         raise ValueError(f"is not positive definite, even with {DAMP} of its mean diagonal added")
     upper = lower.flip(0, 1)
     del lower

@@ -290,6 +290,29 @@ def test_iterations_tell_noise_from_the_least_directions(
             assert found.route == route
 
 
+@pytest.mark.parametrize("route", ["newton", "express"])
+@pytest.mark.parametrize("columns", [96, 140])
+def test_noise_is_told_where_a_library_reports_a_factor_of_nan(
+    route: Any, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cuSOLVER does of a matrix that is not positive definite: no error, and NaN in the factor."""
+    generator = torch.Generator().manual_seed(6)
+    a = torch.randn(96, 5, generator=generator) @ torch.randn(5, columns, generator=generator)
+    real = torch.linalg.cholesky_ex
+
+    def silent(square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lower, info = real(square)
+        first = int(info) - 1
+        if first >= 0:
+            lower = lower.clone()
+            lower[first:, first:] = torch.nan
+        return lower, torch.zeros_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    found = polar(a, route=route)
+    assert found.rank == 5 and found.route == f"{route}, then gram"
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_routes_decompose_alike(shape: tuple[int, int]) -> None:
     a = decaying(12, shape, 1.0).float()

@@ -63,7 +63,7 @@ __device__ __forceinline__ void widen_delta(const Raw& raw, const Raw& raw_base,
 }
 
 template <class Real, class Load>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 2)
     moment_leaves_kernel(const Job* at, bool square, int64_t total, double* leaves, const double* carried,
                          double* carry) {
     constexpr int V = 8, GROUP = BLOCK / V, SEGMENTS = 32 / GROUP;  // of a warp

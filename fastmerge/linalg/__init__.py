@@ -7,7 +7,7 @@ method or a file.
 """
 
 from fastmerge.linalg.factored import Term, factored_svd
-from fastmerge.linalg.gram import gram, inner, times
+from fastmerge.linalg.gram import cholesky, gram, inner, times
 from fastmerge.linalg.polar import Polar, polar
 from fastmerge.linalg.randomized import Truncated, truncated_svd
 from fastmerge.linalg.svd import EPS, SVD, Spectrum, spectrum, svd
@@ -19,6 +19,7 @@ __all__ = [
     "Spectrum",
     "Term",
     "Truncated",
+    "cholesky",
     "factored_svd",
     "gram",
     "inner",

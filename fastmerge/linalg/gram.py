@@ -62,6 +62,16 @@ def mirrored(square: Tensor) -> Tensor:
     return square
 
 
+def cholesky(square: Tensor) -> Tensor | None:
+    """Return the lower L of square = L L^T, of which the lower triangle is read; None: it is not positive
+    definite."""
+    import torch
+
+    lower, info = torch.linalg.cholesky_ex(square)
+    # cuSOLVER reports success of a matrix that is not, and leaves NaN from there on.
+    return None if int(info) or not bool(lower.diagonal().isfinite().all()) else lower
+
+
 def inner(a: Tensor, b: Tensor) -> float:
     """Return <a, b> = sum_ij a_ij b_ij in float64; both [m, n]."""
     import torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastmerge.linalg.gram import add_square, gram, mirrored, times
+from fastmerge.linalg.gram import add_square, cholesky, gram, mirrored, times
 from fastmerge.linalg.svd import EPS
 
 if TYPE_CHECKING:
@@ -106,11 +106,9 @@ def _by_gram(a: Tensor, floor: float, square: Tensor | None = None) -> Polar:
 
 def _has_full_rank(square: Tensor, least: float) -> bool:
     """Return whether all singular values of what has that Gram matrix are above a number."""
-    import torch
-
     shifted = square.clone()
     shifted.diagonal().sub_(least**2)
-    return not int(torch.linalg.cholesky_ex(shifted).info)
+    return cholesky(shifted) is not None
 
 
 def _error(q: Tensor, basis: Tensor, rest: Tensor) -> float:
@@ -137,8 +135,8 @@ def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar 
 
     x, factor = a, None
     if len(a) < a.shape[1]:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
-        factor, info = torch.linalg.cholesky_ex(square)
-        if int(info):
+        factor = cholesky(square)
+        if factor is None:
             return None
         x = factor.to(a.dtype)
     elif not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
