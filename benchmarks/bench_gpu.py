@@ -33,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # this checkout's fastmerge, installed or not
 
+import fastmerge  # noqa: E402
+
+fastmerge.__path__.append(str(ROOT))  # where a checkout has triton_kernels
+
 import gpu_device  # noqa: E402
 import torch  # noqa: E402
 from gpu_device import Gpu, Host, Subject  # noqa: E402

@@ -7,6 +7,9 @@
 namespace fastmerge {
 namespace {
 
+/// Elements of a piece of a walk: small enough that a tensor of some million keeps every block busy.
+constexpr int64_t WALK_PIECE = 1 << 14;
+
 /// Arrays one behind another; written when there is memory to write to, else only measured.
 class Image {
   public:
@@ -164,8 +167,8 @@ void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t en
     const Operands& in = jobs_[size_t(job)].in;
     const Keep& keep = jobs_[size_t(job)].plan.keep;
     const auto pieces = [&](const Variant& v, int64_t a, int64_t b) {
-        for (; a < b; a += PIECE_ELEMENTS)
-            pieces_of(v, n_experts).push_back({a, std::min(a + PIECE_ELEMENTS, b), job});
+        for (; a < b; a += WALK_PIECE)
+            pieces_of(v, n_experts).push_back({a, std::min(a + WALK_PIECE, b), job});
     };
     if (variant.unrolled <= 0) return pieces(variant, begin, end);
     Variant careful = variant;

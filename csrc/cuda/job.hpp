@@ -69,9 +69,9 @@ struct Variant {
     int32_t most_blocks = 0;   // as CodedResult's
     bool deep = false;         // the result's format needs much memory of each thread
     bool operator==(const Variant& o) const {
-        return unrolled == o.unrolled && narrow == o.narrow && election == o.election &&
-               stage == o.stage && f64 == o.f64 && coded == o.coded && shared_bytes == o.shared_bytes && most_blocks == o.most_blocks &&
-               deep == o.deep;
+        return unrolled == o.unrolled && narrow == o.narrow && election == o.election && stage == o.stage &&
+               f64 == o.f64 && coded == o.coded && shared_bytes == o.shared_bytes &&
+               most_blocks == o.most_blocks && deep == o.deep;
     }
 };
 

@@ -1,7 +1,7 @@
-// The fused walk of the merges that most are: up to MOST_EXACT experts, base, experts and result in bfloat16, and
-// what keeps an element known when the kernel is compiled. Arithmetic and result are those of fused.cuh, in a half
-// to a third of the instructions: everything is assumed to be finite, and a run in which something is not, which
-// costs one operation an element to know, is merged element by element instead.
+// The fused walk of the merges that most are: up to MOST_EXACT experts, base, experts and result in bfloat16,
+// and what keeps an element known when the kernel is compiled. Arithmetic and result are those of fused.cuh,
+// in a half to a third of the instructions: everything is assumed to be finite, and a run in which something
+// is not, which costs one operation an element to know, is merged element by element instead.
 #pragma once
 #include "cuda/fused.cuh"
 
@@ -37,7 +37,8 @@ struct LeanPiece {
     LeanExpert expert[MOST_EXACT];
 };
 
-/// A bound of keys as one of magnitudes: what is above it has larger keys. A cut at infinity has nothing above it.
+/// A bound of keys as one of magnitudes: what is above it has larger keys. A cut at infinity has nothing
+/// above it.
 __device__ inline float magnitude_bound(int32_t key) {
     constexpr int32_t inf = int32_t(KeyOf<float>::inf);
     return key < 0 ? -1.0f : bit_cast<float>(key < inf ? key : inf);

@@ -76,66 +76,65 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 2)
     const bool keeps_all = !job.plan.keep.any() && !job.ranks.kept;
     const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32,
                   warps = int64_t(gridDim.x) * THREADS / 32;
-    for (int64_t s0 = first_segment + warp * SEGMENTS; s0 < n; s0 += warps * SEGMENTS) {
-        const int64_t s =
-            s0 + int(threadIdx.x) % 32 / GROUP;  // may lie behind the end: then it only takes part
+    for (int64_t task = warp; task < (n - first_segment + SEGMENTS - 1) / SEGMENTS * K; task += warps) {
+        const int k = int(task % K);
+        const int64_t s = first_segment + task / K * SEGMENTS +
+                          int(threadIdx.x) % 32 / GROUP;  // may lie behind the end: then it only takes part
         const bool here = s < n, continued = here && s * SEGMENT < in.start,
                    complete = here && ((s + 1) * SEGMENT <= end || end == total);
-        for (int k = 0; k < K; ++k) {
-            double all[V], kept[V];
-            const int64_t place = int64_t(k) * 2 * BLOCK + t * V;
+        double all[V], kept[V];
+        const int64_t place = int64_t(k) * 2 * BLOCK + t * V;
+        FM_UNROLL
+        for (int j = 0; j < V; ++j) {
+            all[j] = continued ? carried[place + j] : 0.0;
+            kept[j] = continued ? carried[place + BLOCK + j] : 0.0;
+        }
+        const int64_t begin = s * SEGMENT - in.start;  // in the chunk
+        const bool ahead =
+            here && keeps_all && begin >= 0 && begin + SEGMENT <= in.n && reads_ahead<Real, V>(in, k, begin);
+        for (int r = 0; ahead && r < SEGMENT / BLOCK; r += AHEAD) {
+            Raw raw[AHEAD], raw_base[AHEAD] = {};
             FM_UNROLL
-            for (int j = 0; j < V; ++j) {
-                all[j] = continued ? carried[place + j] : 0.0;
-                kept[j] = continued ? carried[place + BLOCK + j] : 0.0;
+            for (int u = 0; u < AHEAD; ++u) {
+                const int64_t i = begin + (r + u) * BLOCK + t * V;
+                raw[u] = load_raw<V>(in.expert[k], DType::BF16, i);
+                if (in.base) raw_base[u] = load_raw<V>(in.base, DType::BF16, i);
             }
-            const int64_t begin = s * SEGMENT - in.start;  // in the chunk
-            const bool ahead = here && keeps_all && begin >= 0 && begin + SEGMENT <= in.n &&
-                               reads_ahead<Real, V>(in, k, begin);
-            for (int r = 0; ahead && r < SEGMENT / BLOCK; r += AHEAD) {
-                Raw raw[AHEAD], raw_base[AHEAD] = {};
+            FM_UNROLL
+            for (int u = 0; u < AHEAD; ++u) {
+                Real d[V];
+                widen_delta<V>(raw[u], raw_base[u], d);
                 FM_UNROLL
-                for (int u = 0; u < AHEAD; ++u) {
-                    const int64_t i = begin + (r + u) * BLOCK + t * V;
-                    raw[u] = load_raw<V>(in.expert[k], DType::BF16, i);
-                    if (in.base) raw_base[u] = load_raw<V>(in.base, DType::BF16, i);
-                }
+                for (int j = 0; j < V; ++j) all[j] += moment_of(square, d[j]);
+            }
+        }
+        for (int r = 0; here && !ahead && r < SEGMENT / BLOCK; ++r) {
+            const int64_t i = begin + r * BLOCK + t * V;
+            if (i <= -V || i >= in.n) continue;
+            if (whole_runs && i >= 0 && i + V <= in.n) {
+                Real d[V], v[V];
+                load_kept<Real, V, Load>(job, k, i, d, v);
                 FM_UNROLL
-                for (int u = 0; u < AHEAD; ++u) {
-                    Real d[V];
-                    widen_delta<V>(raw[u], raw_base[u], d);
-                    FM_UNROLL
-                    for (int j = 0; j < V; ++j) all[j] += moment_of(square, d[j]);
-                }
+                for (int j = 0; j < V; ++j)
+                    all[j] += moment_of(square, d[j]), kept[j] += moment_of(square, v[j]);
+            } else {
+                FM_UNROLL
+                for (int j = 0; j < V; ++j)
+                    if (i + j >= 0 && i + j < in.n) {
+                        Real d[1], v[1];
+                        load_kept<Real, 1, Load>(job, k, i + j, d, v);
+                        all[j] += moment_of(square, d[0]), kept[j] += moment_of(square, v[0]);
+                    }
             }
-            for (int r = 0; here && !ahead && r < SEGMENT / BLOCK; ++r) {
-                const int64_t i = begin + r * BLOCK + t * V;
-                if (i <= -V || i >= in.n) continue;
-                if (whole_runs && i >= 0 && i + V <= in.n) {
-                    Real d[V], v[V];
-                    load_kept<Real, V, Load>(job, k, i, d, v);
-                    FM_UNROLL
-                    for (int j = 0; j < V; ++j)
-                        all[j] += moment_of(square, d[j]), kept[j] += moment_of(square, v[j]);
-                } else {
-                    FM_UNROLL
-                    for (int j = 0; j < V; ++j)
-                        if (i + j >= 0 && i + j < in.n) {
-                            Real d[1], v[1];
-                            load_kept<Real, 1, Load>(job, k, i + j, d, v);
-                            all[j] += moment_of(square, d[0]), kept[j] += moment_of(square, v[0]);
-                        }
-                }
-            }
-            if (keeps_all) FM_UNROLL
-            for (int j = 0; j < V; ++j) kept[j] = all[j];
-            if (here && !complete) FM_UNROLL
-            for (int j = 0; j < V; ++j) carry[place + j] = all[j], carry[place + BLOCK + j] = kept[j];
-            const double sum_all = fold_lanes<V>(all), sum_kept = fold_lanes<V>(kept);
-            if (complete && t == 0) {
-                double* leaf = leaves + (s * K + k) * 2;
-                leaf[0] = sum_all, leaf[1] = sum_kept;
-            }
+        }
+        if (keeps_all) FM_UNROLL
+        for (int j = 0; j < V; ++j) kept[j] = all[j];
+        if (here && !complete) FM_UNROLL
+        for (int j = 0; j < V; ++j) carry[place + j] = all[j], carry[place + BLOCK + j] = kept[j];
+        const double sum_all = fold_lanes<V>(all), sum_kept = fold_lanes<V>(kept);
+        if (complete && t == 0) {
+            double* leaf = leaves + (s * K + k) * 2;
+            leaf[0] = sum_all, leaf[1] = sum_kept;
         }
     }
 }
@@ -447,7 +446,8 @@ cudaError_t moment_leaves(const Job* job, bool square, const Operands& in, Kind 
                           double* leaves, const double* carried, double* carry, cudaStream_t stream) {
     const auto kernel = FM_KERNEL(moment_leaves_kernel, kind);
     const int64_t segments = (in.start + in.n + SEGMENT - 1) / SEGMENT - in.start / SEGMENT;
-    const dim3 grid(resident_blocks(kernel, divide_up(segments, 32), 0));
+    const int64_t warps = divide_up(segments, 4) * in.n_experts;
+    const dim3 grid(resident_blocks(kernel, divide_up(warps, THREADS / 32), 0));
     return launch(kernel, grid, dim3(THREADS), 0, stream, job, square, total, leaves, carried, carry);
 }
 
