@@ -282,7 +282,7 @@ def sums() -> None:
 
 
 def ranks() -> None:
-    """Ranked drops of rows longer than a block has threads, kept as bits or with their ranks."""
+    """Ranked drops of rows that a block sorts in registers, or does not; kept as bits or with ranks."""
     import agreement
     import cases
     import torch
@@ -291,7 +291,8 @@ def ranks() -> None:
 
     under_test = kernels()
     for seed, content in enumerate(["grid", "normal", "equal"]):
-        for shape in [(5, 600), (3, 1, 257), (2, 16)]:
+        shapes = [(5, 600), (3, 1, 257), (2, 16), ((1, 4500), (1, 8200), (1, 16_500))[seed]]
+        for shape in shapes:
             rng = agreement.rng_of("ranks", content, shape)
             base, *experts = (cases.tensor(rng, shape, content, torch.bfloat16) for _ in range(3))
             held = cases.Operands(base, experts)

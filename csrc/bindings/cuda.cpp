@@ -216,12 +216,11 @@ PYBIND11_MODULE(FM_MODULE, m) {
 
     using cuda::Selection;
     py::class_<Selection>(m, "Selection")
-        .def(py::init([](int n_keys, int n_ranks, bool variance, bool all_ties, bool f64, double fraction,
+        .def(py::init([](int n_keys, int n_ranks, bool all_ties, bool f64, double fraction,
                          uintptr_t targets, uintptr_t bins, uintptr_t nonzero, uintptr_t equal,
                          int64_t n_pieces) {
             return Selection{n_keys,
                              n_ranks,
-                             variance,
                              all_ties,
                              f64,
                              fraction,

@@ -22,11 +22,10 @@ FM_HD constexpr int digit_shift(bool f64, int d) {
     return shift;
 }
 
-/// What is being selected: targets [n_ranks, n_keys], of each expert's |delta|, or of the variance (n_keys is
-/// 1).
+/// What is being selected: targets [n_ranks, n_keys] of each expert's |delta|.
 struct Selection {
     int n_keys = 1, n_ranks = 1;
-    bool variance = false, all_ties = false, f64 = false;
+    bool all_ties = false, f64 = false;
     double fraction = -1;  // of the nonzero elements, when >= 0
     Target* targets = nullptr;
     unsigned long long* bins = nullptr;     // [n_ranks, n_keys, DIGIT_BINS], zeros

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastmerge.backends import Chunk, Sweep
+from fastmerge.backends import Buffer, Chunk, Sweep
 from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.dtypes import DType
 from fastmerge.stages import Axis, Cut, OrderStatistic
@@ -58,10 +59,10 @@ class WholeOrder(Sweep):
         self._kernels, self._all_ties = kernels, request.all_ties
         self._native = native = kernels._native
         self._queue = queue = kernels._queue()
-        by_row, variance = request.scope == "row", request.of == "variance"
+        by_row, self._variance = request.scope == "row", request.of == "variance"
         self._axis = Axis.ROW if by_row else Axis.TENSOR
         self._f64 = compute is DType.F64
-        self._n_keys = 1 if variance else k
+        self._n_keys = 1 if self._variance else k
         fraction = request.fraction_of_nonzero
         n_ranks = 1 if fraction is not None else len(request.ranks[0]) if request.ranks else 1
         self._unit = cols if by_row else n
@@ -83,7 +84,6 @@ class WholeOrder(Sweep):
         self._selection = native.Selection(
             self._n_keys,
             n_ranks,
-            variance,
             request.all_ties,
             self._f64,
             -1.0 if fraction is None else fraction,
@@ -99,6 +99,8 @@ class WholeOrder(Sweep):
         if not chunk.n or not self._n_keys:
             return
         queue, s = self._queue, self._selection
+        if self._variance:
+            chunk = self._as_delta(chunk)
         batch = self._kernels.batch_of(queue, chunk)
         if self._short:
             queue.run("select_units", batch, s, self._unit, self._units)
@@ -110,6 +112,14 @@ class WholeOrder(Sweep):
             queue.run("count_equals", batch, s, offset)
             queue.run("locate_ties", s)
             queue.run("find_ties", batch, s, offset)
+
+    def _as_delta(self, chunk: Chunk) -> Chunk:
+        """Return the variance as the one delta of a chunk: a key is the bits of a number of that key."""
+        queue, dtype = self._queue, DType.F64 if self._f64 else DType.F32
+        batch = self._kernels.batch_of(queue, chunk)
+        keys = self._kernels.order_keys(queue, batch, chunk, -1, 0)[0]
+        variance = Buffer(keys.data_ptr(), dtype, chunk.n, keys, str(queue.device))
+        return dataclasses.replace(chunk, base=None, experts=[variance])
 
     def next_pass(self) -> bool:
         return False
