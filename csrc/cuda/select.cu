@@ -1,6 +1,10 @@
-// Exact rank cuts: the key of the r-th largest |delta| digit by digit, 11, 10 and 10 bits, then
-// the flat index of its last tie that is above. Four readings of the operands, (K + 1) * itemsize bytes per
-// element each; everything is integer, so that no order of work shows in a result.
+// Exact rank cuts: the key of the r-th largest |delta|, then the flat index of its last tie that is above.
+//
+// A sample brackets the key; one reading of the operands, (K + 1) * itemsize bytes per element, counts what is
+// above the bracket and at its ends and keeps the keys between, piece by piece. Among those the key is found
+// digit by digit, 11, 10 and 10 bits, and the piece that holds the last tie, which is read once more. A cut
+// outside its bracket, a piece with too many keys in it and float64 cost time only: their digits are counted
+// from the operands. Everything is integer, so that no order of work shows in a result.
 #include "cuda/grid.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/select.hpp"
@@ -46,18 +50,17 @@ __device__ __forceinline__ void store_keys(const uint32_t* keys, uint32_t* to) {
 }
 
 /// Keys of [begin, end) of the chunk, in no particular order, a run of neighbours at a time per thread:
-/// f(i, keys), with an array of them.
-template <class Real, class Load, class F>
+/// f(i, keys), with an array of them. AHEAD: how many runs are loaded before the first is used.
+template <class Real, class Load, int AHEAD, class F>
 __device__ __forceinline__ void visit_runs(const Operands& in, int k, int64_t begin, int64_t end, F&& f) {
     constexpr int V = KEYS_AT_ONCE<Real>;
     // Aligned as the chunk's first element is: what loads are aligned is the operands' own.
     const int64_t whole = begin + (end - begin) / V * V, step = THREADS * V;
     int64_t i = begin + int64_t(threadIdx.x) * V;
-    if constexpr (V == 8)
-        // What nearly all merges read: known to be so, the loads of several runs can be under way at once.
+    if constexpr (V == 8 && AHEAD > 1)
+        // What nearly all merges read: only where types are known can loads go ahead of uses.
         if (in.base && in.base_type == DType::BF16 && in.expert_type[k] == DType::BF16 &&
             aligned16(in.base, 2 * begin) && aligned16(in.expert[k], 2 * begin)) {
-            constexpr int AHEAD = 2;
             const void *const base = in.base, *const expert = in.expert[k];
             for (; i < whole; i += AHEAD * step) {
                 Raw b[AHEAD] = {}, x[AHEAD] = {};
@@ -95,9 +98,40 @@ __device__ __forceinline__ void visit_runs(const Operands& in, int k, int64_t be
 /// The same one by one: f(key).
 template <class Real, class Load, class F>
 __device__ __forceinline__ void visit_keys(const Operands& in, int k, int64_t begin, int64_t end, F&& f) {
-    visit_runs<Real, Load>(in, k, begin, end, [&](int64_t, const auto& keys) {
+    visit_runs<Real, Load, 1>(in, k, begin, end, [&](int64_t, const auto& keys) {
         FM_UNROLL
         for (int j = 0; j < int(sizeof keys / sizeof *keys); ++j) f(keys[j]);
+    });
+}
+
+struct Span {
+    int64_t begin, end;
+};
+__device__ __forceinline__ Span piece_span(const Operands& in, int64_t piece) {
+    const int64_t begin = piece * PIECE_ELEMENTS, end = begin + PIECE_ELEMENTS;
+    return {begin, end < in.n ? end : in.n};
+}
+
+/// Keys of a piece among which the cut of target t may be, with how often each comes: f(key, times).
+template <class Real, class Load, class F>
+__device__ __forceinline__ void visit_candidates(const Operands& in, const Selection& s, int64_t t, int k,
+                                                 int64_t piece, F&& f) {
+    Key<Real> low = 0, width = ~low;
+    if constexpr (sizeof(Real) == 4)
+        if (const Bracket b = s.brackets[t]; b.holds) {
+            const Inside inside = s.inside[t * s.n_pieces + piece];
+            if (inside.between <= MOST_BETWEEN) {
+                const uint32_t* keys = s.between + (t * s.n_pieces + piece) * MOST_BETWEEN;
+                for (uint32_t i = threadIdx.x; i < inside.between; i += THREADS) f(keys[i], 1);
+                if (threadIdx.x < 2)
+                    f(threadIdx.x ? b.low : b.high, threadIdx.x ? inside.at_low : inside.at_high);
+                return;
+            }
+            low = b.low, width = b.high - b.low;
+        }
+    const Span span = piece_span(in, piece);
+    visit_keys<Real, Load>(in, k, span.begin, span.end, [&](Key<Real> key) {
+        if (key - low <= width) f(key, 1);
     });
 }
 
@@ -107,9 +141,9 @@ struct BinRun {
     int bin = -1;
     uint32_t n = 0;
     __device__ explicit BinRun(uint32_t* b) : bins(b) {}
-    __device__ __forceinline__ void add(int b) {
+    __device__ __forceinline__ void add(int b, uint32_t times = 1) {
         if (b != bin) flush(), bin = b, n = 0;
-        ++n;
+        n += times;
     }
     __device__ __forceinline__ void flush() {
         if (n) atomicAdd(bins + bin, n);
@@ -118,29 +152,30 @@ struct BinRun {
 
 template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
-    count_digits_kernel(const Job* job, Selection s, int shift, int width, bool first, int64_t n_pieces) {
+    count_digits_kernel(const Job* job, Selection s, int shift, int width, bool first) {
     FM_SHARED(uint32_t, bins);  // [n_ranks, DIGIT_BINS]
     const Operands& in = job->in;
     const int n_bins = s.n_ranks * DIGIT_BINS;
     // Keys vary fastest: neighbouring blocks read the same piece of the base.
-    for (int64_t task = blockIdx.x; task < n_pieces * s.n_keys; task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < s.n_pieces * s.n_keys; task += gridDim.x) {
         const int k = int(task % s.n_keys);
-        const int64_t begin = task / s.n_keys * PIECE_ELEMENTS,
-                      end = begin + PIECE_ELEMENTS < in.n ? begin + PIECE_ELEMENTS : in.n;
         for (int b = int(threadIdx.x); b < n_bins; b += THREADS) bins[b] = 0;
         __syncthreads();
         uint32_t nonzero = 0;
         for (int r = 0; r < s.n_ranks; ++r) {
-            const Target t = s.targets[r * s.n_keys + k];
+            const int64_t at = int64_t(r) * s.n_keys + k;
+            const Target t = s.targets[at];
             if (t.open != 1) continue;
             BinRun run(bins + r * DIGIT_BINS);
-            visit_keys<Real, Load>(in, k, begin, end, [&](uint64_t key) {
-                if (r == 0) nonzero += key != 0;
-                if (has_prefix(key, t, shift, width, first)) run.add(int(key >> shift & ((1u << width) - 1)));
-            });
+            visit_candidates<Real, Load>(
+                in, s, at, k, task / s.n_keys, [&](uint64_t key, uint32_t times) {
+                    if (r == 0 && key) nonzero += times;
+                    if (has_prefix(key, t, shift, width, first))
+                        run.add(int(key >> shift & ((1u << width) - 1)), times);
+                });
             run.flush();
         }
-        if (s.fraction >= 0 && first && nonzero)
+        if (sizeof(Real) == 8 && s.fraction >= 0 && first && nonzero)
             atomicAdd(s.nonzero + k, static_cast<unsigned long long>(nonzero));
         __syncthreads();
         for (int b = int(threadIdx.x); b < n_bins; b += THREADS)
@@ -184,13 +219,13 @@ __device__ __forceinline__ Sums<T> sums_of(T mine, T* shared) {
 /// bin.
 template <class Count>
 __device__ __forceinline__ int choose_digit(const Count* bins, int64_t& rank, int64_t* shared) {
-    constexpr int EACH = DIGIT_BINS / THREADS;
-    const int top = DIGIT_BINS - 1 - int(threadIdx.x) * EACH;  // this thread's bins, downwards
+    const int each = DIGIT_BINS / int(blockDim.x);
+    const int top = DIGIT_BINS - 1 - int(threadIdx.x) * each;  // this thread's bins, downwards
     int64_t mine = 0;
-    for (int j = 0; j < EACH; ++j) mine += int64_t(bins[top - j]);
+    for (int j = 0; j < each; ++j) mine += int64_t(bins[top - j]);
     int64_t before = sums_of(mine, shared).before;
     if (before < rank && rank <= before + mine)
-        for (int j = 0; j < EACH; ++j) {
+        for (int j = 0; j < each; ++j) {
             const int64_t n = int64_t(bins[top - j]);
             if (rank <= before + n) {
                 shared[0] = top - j, shared[1] = rank - before;
@@ -232,6 +267,157 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
+// ---- brackets ------------------------------------------------------------------------------------------
+
+constexpr int SAMPLE_THREADS = 1024, SAMPLED_EACH = SAMPLE / SAMPLE_THREADS;
+
+/// Runs of eight keys all over the chunk, at places that are uneven and always the same.
+template <class Load>
+__global__ void __launch_bounds__(THREADS, 1) sample_keys_kernel(const Job* job, Selection s) {
+    constexpr int RUN = 8, RUNS = SAMPLE / RUN;
+    const Operands& in = job->in;
+    const int64_t stride = in.n / RUNS, step = int64_t(gridDim.x) * THREADS;
+    for (int64_t g = int64_t(blockIdx.x) * THREADS + threadIdx.x; g < int64_t(RUNS) * s.n_keys; g += step) {
+        const int k = int(g / RUNS), run = int(g % RUNS);
+        // A low-discrepancy sequence: no period of a tensor's rows coincides with it.
+        const int64_t shift = int64_t(uint64_t(uint32_t(run) * 0x9e3779b9u) * uint64_t(stride - RUN) >> 32);
+        uint32_t keys[RUN];
+        load_keys<float, RUN, Load>(in, k, (run * stride + shift) / RUN * RUN, keys);
+        FM_UNROLL
+        for (int j = 0; j < RUN; ++j) s.sample[g * RUN + j] = keys[j];
+    }
+}
+
+/// Two keys of the sample between which, both included, a target's cut almost surely lies. Keys that very
+/// many elements share, as zero is, are ends of every bracket that they are in: those are counted apart.
+__global__ void __launch_bounds__(SAMPLE_THREADS, 1) set_brackets_kernel(Selection s) {
+    FM_SHARED(int64_t, shared);  // [MOST_WARPS], then the bins
+    uint32_t* bins = reinterpret_cast<uint32_t*>(shared + MOST_WARPS);
+    constexpr double DEVIATIONS = 7, MARGIN = 4;  // neighbours resemble each other: five would do for others
+    constexpr uint32_t LARGEST = KeyOf<float>::inf + 1;
+    const Target& t = s.targets[blockIdx.x];
+    if (t.open != 1) return;
+    const uint32_t* sample = s.sample + int64_t(blockIdx.x) % s.n_keys * SAMPLE + threadIdx.x;
+    uint32_t key[SAMPLED_EACH];
+    int64_t of = SAMPLE;
+    double share = s.fraction;
+    FM_UNROLL
+    for (int j = 0; j < SAMPLED_EACH; ++j) key[j] = sample[j * SAMPLE_THREADS];
+    if (s.fraction >= 0) {
+        int64_t nonzero = 0;
+        FM_UNROLL
+        for (int j = 0; j < SAMPLED_EACH; ++j) nonzero += key[j] != 0;
+        of = sums_of(nonzero, shared).all;
+    } else {
+        share = double(t.rank) / double(s.n);
+    }
+    const double about = share * double(of), margin = DEVIATIONS * sqrt(about * (1 - share)) + MARGIN;
+    int64_t rank[2] = {int64_t(about - margin), int64_t(about + margin) + 1};
+    const bool beyond[2] = {rank[0] < 1, rank[1] > SAMPLE};
+    rank[0] = beyond[0] ? 1 : rank[0], rank[1] = beyond[1] ? SAMPLE : rank[1];
+    Target end[2] = {};
+    FM_ROLLED
+    for (int step = 0; step < 2 * n_digits(false); ++step) {
+        const int d = step / 2, e = step % 2;
+        const int shift = digit_shift(false, d), width = digit_width(false, d);
+        if (step != 1) {  // the first digit's counts serve both ends
+            for (int b = int(threadIdx.x); b < DIGIT_BINS; b += SAMPLE_THREADS) bins[b] = 0;
+            __syncthreads();
+            BinRun run(bins);
+            FM_UNROLL
+            for (int j = 0; j < SAMPLED_EACH; ++j)
+                if (has_prefix(key[j], end[e], shift, width, d == 0))
+                    run.add(int(key[j] >> shift & ((1u << width) - 1)));
+            run.flush();
+            __syncthreads();
+        }
+        const int digit = choose_digit(bins, rank[e], shared);
+        end[e].prefix = end[e].prefix << width | uint64_t(digit);
+    }
+    if (threadIdx.x == 0)
+        s.brackets[blockIdx.x] = {beyond[1] ? 0 : uint32_t(end[1].prefix),
+                                  beyond[0] ? LARGEST : uint32_t(end[0].prefix), 0};
+}
+
+/// The reading: of each piece, how many keys are above the bracket and at its ends, and the keys between, in
+/// no particular order.
+template <class Load>
+__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_kernel(const Job* job, Selection s) {
+    FM_SHARED(uint32_t, counts);  // above, from the high end on, from the low end on, between, nonzero
+    const Operands& in = job->in;
+    for (int64_t task = blockIdx.x; task < s.n_pieces * s.n_keys; task += gridDim.x) {
+        const int k = int(task % s.n_keys);
+        const int64_t piece = task / s.n_keys;
+        const Span span = piece_span(in, piece);
+        for (int r = 0; r < s.n_ranks; ++r) {
+            const int64_t t = int64_t(r) * s.n_keys + k;
+            if (s.targets[t].open != 1) continue;
+            const uint32_t low = s.brackets[t].low, high = s.brackets[t].high;
+            const uint32_t inner = high > low ? high - low - 1 : 0;
+            uint32_t* const between = s.between + (t * s.n_pieces + piece) * MOST_BETWEEN;
+            if (threadIdx.x < 5) counts[threadIdx.x] = 0;
+            __syncthreads();
+            uint32_t above = 0, from_high = 0, from_low = 0, zeros = 0, seen = 0;
+            visit_runs<float, Load, 2>(in, k, span.begin, span.end, [&](int64_t, const auto& keys) {
+                constexpr int N = sizeof keys / sizeof *keys;
+                uint32_t bits = 0;
+                FM_UNROLL
+                for (int j = 0; j < N; ++j) {
+                    above += keys[j] > high, from_high += keys[j] >= high, from_low += keys[j] >= low;
+                    bits |= uint32_t(keys[j] - low - 1 < inner) << j;
+                }
+                if (s.fraction >= 0) {
+                    seen += N;
+                    FM_UNROLL
+                    for (int j = 0; j < N; ++j) zeros += keys[j] == 0;
+                }
+                if (!bits) return;
+                uint32_t at = atomicAdd(counts + 3, unsigned(__popc(bits)));
+                FM_UNROLL
+                for (int j = 0; j < N; ++j)
+                    if (bits >> j & 1) {
+                        if (at < MOST_BETWEEN) between[at] = keys[j];
+                        ++at;
+                    }
+            });
+            const uint32_t found[5] = {above, from_high, from_low, 0, seen - zeros};
+            FM_UNROLL
+            for (int c = 0; c < 5; ++c) {
+                const uint32_t of_warp = __reduce_add_sync(ALL, found[c]);
+                if (threadIdx.x % 32 == 0 && of_warp) atomicAdd(counts + c, of_warp);
+            }
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                const uint32_t at_high = counts[1] - counts[0];
+                s.inside[t * s.n_pieces + piece] = {counts[0], at_high, counts[2] - counts[1] - counts[3],
+                                                    counts[3]};
+                if (counts[4]) atomicAdd(s.nonzero + k, static_cast<unsigned long long>(counts[4]));
+            }
+            __syncthreads();
+        }
+    }
+}
+
+/// Whether each bracket holds its cut: if so, ranks are of what it holds.
+__global__ void __launch_bounds__(THREADS, 1) check_brackets_kernel(Selection s) {
+    FM_SHARED(int64_t, shared);  // [MOST_WARPS]
+    Target t = s.targets[blockIdx.x];
+    if (t.open != 1) return;
+    int64_t above = 0, inside = 0;
+    for (int64_t p = threadIdx.x; p < s.n_pieces; p += THREADS) {
+        const Inside x = s.inside[blockIdx.x * s.n_pieces + p];
+        above += x.above, inside += int64_t(x.at_high) + x.at_low + x.between;
+    }
+    above = sums_of(above, shared).all, inside = sums_of(inside, shared).all;
+    if (threadIdx.x != 0) return;
+    if (s.fraction >= 0) open_fraction(t, s.fraction, int64_t(s.nonzero[blockIdx.x]));
+    if (t.open == 1 && above < t.rank && t.rank <= above + inside)
+        t.rank -= above, s.brackets[blockIdx.x].holds = 1;
+    s.targets[blockIdx.x] = t;
+}
+
+// ---- digits --------------------------------------------------------------------------------------------
+
 template <class Real>
 __global__ void __launch_bounds__(THREADS, 1)
     choose_digits_kernel(Selection s, int width, bool first, bool last) {
@@ -239,7 +425,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     Target& at = s.targets[blockIdx.x];
     unsigned long long* bins = s.bins + int64_t(blockIdx.x) * DIGIT_BINS;
     Target t = at;
-    if (t.open == 1 && first && s.fraction >= 0) open_fraction(t, s.fraction, int64_t(s.nonzero[blockIdx.x]));
+    if (sizeof(Real) == 8 && t.open == 1 && first && s.fraction >= 0)
+        open_fraction(t, s.fraction, int64_t(s.nonzero[blockIdx.x]));
     if (t.open == 1) {  // the same for all threads
         const int digit = choose_digit(bins, t.rank, shared);
         t.prefix = t.prefix << width | uint64_t(digit);
@@ -255,26 +442,20 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class Real, class Load>
-__global__ void __launch_bounds__(THREADS, 1)
-    count_equals_kernel(const Job* job, Selection s, int64_t offset) {
+__global__ void __launch_bounds__(THREADS, 1) count_equals_kernel(const Job* job, Selection s) {
     const Operands& in = job->in;
-    const int64_t flat = offset + in.start;
-    const int64_t first = flat / PIECE_ELEMENTS, n = (flat + in.n - 1) / PIECE_ELEMENTS - first + 1;
-    for (int64_t task = blockIdx.x; task < n * s.n_keys; task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < s.n_pieces * s.n_keys; task += gridDim.x) {
         const int k = int(task % s.n_keys);
-        const int64_t piece = first + task / s.n_keys;
-        const int64_t begin = piece * PIECE_ELEMENTS - flat > 0 ? piece * PIECE_ELEMENTS - flat : 0,
-                      end = (piece + 1) * PIECE_ELEMENTS - flat < in.n ? (piece + 1) * PIECE_ELEMENTS - flat
-                                                                       : in.n;
+        const int64_t piece = task / s.n_keys;
         for (int r = 0; r < s.n_ranks; ++r) {
             const int64_t t = int64_t(r) * s.n_keys + k;
             if (s.targets[t].open != 2) continue;
             const uint64_t cut = s.targets[t].prefix;
             uint32_t equal = 0;
-            visit_keys<Real, Load>(in, k, begin, end,
-                                   [&](uint64_t key) { equal += key == cut; });
-            for (int distance = 16; distance > 0; distance /= 2)
-                equal += __shfl_down_sync(ALL, equal, distance);
+            visit_candidates<Real, Load>(in, s, t, k, piece, [&](uint64_t key, uint32_t times) {
+                if (key == cut) equal += times;
+            });
+            equal = __reduce_add_sync(ALL, equal);
             if (threadIdx.x % 32 == 0 && equal) atomicAdd(s.equal + t * s.n_pieces + piece, equal);
         }
     }
@@ -366,14 +547,10 @@ __global__ void __launch_bounds__(TIE_THREADS<Load>, 1)
     Target t = at;
     if (t.open != 2 || t.piece < 0) return;
     __syncthreads();
-    const int64_t flat = offset + in.start;
-    const int64_t begin = t.piece * PIECE_ELEMENTS - flat > 0 ? t.piece * PIECE_ELEMENTS - flat : 0,
-                  end = (t.piece + 1) * PIECE_ELEMENTS - flat < in.n ? (t.piece + 1) * PIECE_ELEMENTS - flat
-                                                                     : in.n;
-    if (begin >= end) return;
+    const Span span = piece_span(in, t.piece);
     const int k = int(blockIdx.x) % s.n_keys;
     constexpr int V = KEYS_AT_ONCE<Real>;
-    const int64_t found = find_match<V>(begin, end, t.rank, shared, [&](int64_t i, int m) {
+    const int64_t found = find_match<V>(span.begin, span.end, t.rank, shared, [&](int64_t i, int m) {
         uint32_t bits = 0;
         Key<Real> keys[V];
         if (m == V) {
@@ -389,7 +566,7 @@ __global__ void __launch_bounds__(TIE_THREADS<Load>, 1)
         }
         return bits;
     });
-    if (found >= 0) t.last_tie = flat + found, t.open = 0;
+    if (found >= 0) t.last_tie = offset + in.start + found, t.open = 0;
     if (threadIdx.x == 0) at = t;
 }
 
@@ -410,7 +587,7 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
         const int k = int(task % s.n_keys);
         const int64_t u = task / s.n_keys, begin = u * unit, end = begin + unit;
         if (held) {
-            visit_runs<Real, Load>(in, k, begin, end, [&](int64_t i, const auto& x) {
+            visit_runs<Real, Load, 2>(in, k, begin, end, [&](int64_t i, const auto& x) {
                 Key<Real>* const to = keys + (i - begin);
                 if constexpr (sizeof x == 32)
                     store_keys(x, to);
@@ -492,8 +669,8 @@ __device__ __forceinline__ uint32_t peers_of(uint32_t digit) {
     uint32_t peers = ALL;
     FM_UNROLL
     for (int b = 0; b < RANK_BITS; ++b) {
-        const bool one = digit & 1u << b;
-        peers &= __ballot_sync(ALL, one) ^ (one ? 0u : ALL);
+        const int one = int(digit << (31 - b));  // by its sign
+        peers &= __ballot_sync(ALL, one < 0) ^ ~uint32_t(one >> 31);
     }
     return peers;
 }
@@ -688,14 +865,31 @@ cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units
     return launch(open_targets_kernel, grid, dim3(THREADS), 0, stream, s, ranks, units, n);
 }
 
-cudaError_t count_digits(const Job* job, const Operands& in, bool coded, const Selection& s, int d,
+cudaError_t narrow(const Job* job, bool coded, const Selection& s, cudaStream_t stream) {
+    const unsigned n_targets = unsigned(s.n_ranks * s.n_keys);
+    const auto sample = coded ? sample_keys_kernel<AnyLoad> : sample_keys_kernel<DenseLoad>;
+    const auto keep = coded ? keep_between_kernel<AnyLoad> : keep_between_kernel<DenseLoad>;
+    const dim3 sampling(resident_blocks(sample, divide_up(int64_t(SAMPLE) / 8 * s.n_keys, THREADS), 0));
+    const dim3 keeping(resident_blocks(keep, s.n_pieces * s.n_keys, 0));
+    constexpr size_t sums = sizeof(int64_t) * MOST_WARPS;
+    cudaError_t status = launch(sample, sampling, dim3(THREADS), 0, stream, job, s);
+    if (status == cudaSuccess)
+        status = launch(set_brackets_kernel, dim3(n_targets), dim3(SAMPLE_THREADS),
+                        sums + sizeof(uint32_t) * DIGIT_BINS, stream, s);
+    if (status == cudaSuccess)
+        status = launch(keep, keeping, dim3(THREADS), 5 * sizeof(uint32_t), stream, job, s);
+    if (status == cudaSuccess)
+        status = launch(check_brackets_kernel, dim3(n_targets), dim3(THREADS), sums, stream, s);
+    return status;
+}
+
+cudaError_t count_digits(const Job* job, bool coded, const Selection& s, int d,
                          cudaStream_t stream) {
     const auto kernel = FM_KERNEL(count_digits_kernel, (Kind{s.f64, coded}));
     const size_t shared = sizeof(uint32_t) * DIGIT_BINS * size_t(s.n_ranks);
-    const int64_t n_pieces = divide_up(in.n, PIECE_ELEMENTS);
-    const dim3 grid(resident_blocks(kernel, n_pieces * s.n_keys, shared));
+    const dim3 grid(resident_blocks(kernel, s.n_pieces * s.n_keys, shared));
     return launch(kernel, grid, dim3(THREADS), shared, stream, job, s, digit_shift(s.f64, d),
-                  digit_width(s.f64, d), d == 0, n_pieces);
+                  digit_width(s.f64, d), d == 0);
 }
 
 cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream) {
@@ -704,11 +898,10 @@ cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream) {
                   stream, s, digit_width(s.f64, d), d == 0, d == n_digits(s.f64) - 1);
 }
 
-cudaError_t count_equals(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t offset,
-                         cudaStream_t stream) {
+cudaError_t count_equals(const Job* job, bool coded, const Selection& s, cudaStream_t stream) {
     const auto kernel = FM_KERNEL(count_equals_kernel, (Kind{s.f64, coded}));
-    const dim3 grid(resident_blocks(kernel, (divide_up(in.n, PIECE_ELEMENTS) + 1) * s.n_keys, 0));
-    return launch(kernel, grid, dim3(THREADS), 0, stream, job, s, offset);
+    const dim3 grid(resident_blocks(kernel, s.n_pieces * s.n_keys, 0));
+    return launch(kernel, grid, dim3(THREADS), 0, stream, job, s);
 }
 
 cudaError_t locate_ties(const Selection& s, cudaStream_t stream) {

@@ -44,7 +44,8 @@ def order_sweep(
 class WholeOrder(Sweep):
     """Cuts of rows, in chunks of whole ones, or of a tensor in one chunk.
 
-    A row, or a short tensor, takes one launch; a longer tensor one per digit of the key, and two for ties.
+    A row, or a short tensor, takes one launch. A longer tensor is read once: what lies in brackets that a
+    sample sets is kept, and looked at digit by digit.
     """
 
     def __init__(
@@ -80,7 +81,13 @@ class WholeOrder(Sweep):
         nonzero = queue.zeros(self._n_keys, dtype="int64")
         equal = queue.zeros(n_targets, pieces, dtype="int32")
         uploaded = queue.upload(ranks)
-        self._owned = [bins, nonzero, equal, uploaded]
+        self._narrowed = not self._short and not self._f64
+        several = n_targets if self._narrowed else 0
+        sample = queue.empty(self._n_keys if several else 0, native.SAMPLE, dtype="int32")
+        brackets = queue.zeros(several, native.BRACKET_BYTES, dtype="uint8")
+        inside = queue.empty(several, pieces, native.INSIDE_BYTES, dtype="uint8")
+        between = queue.empty(several, pieces, native.MOST_BETWEEN, dtype="int32")
+        self._owned = [bins, nonzero, equal, uploaded, sample, brackets, inside, between]
         self._selection = native.Selection(
             self._n_keys,
             n_ranks,
@@ -91,7 +98,12 @@ class WholeOrder(Sweep):
             bins.data_ptr(),
             nonzero.data_ptr(),
             equal.data_ptr(),
+            n,
             pieces,
+            sample.data_ptr(),
+            brackets.data_ptr(),
+            inside.data_ptr(),
+            between.data_ptr(),
         )
         queue.run("open_targets", self._selection, uploaded.data_ptr(), self._units, self._unit)
 
@@ -105,11 +117,13 @@ class WholeOrder(Sweep):
         if self._short:
             queue.run("select_units", batch, s, self._unit, self._units)
             return
+        if self._narrowed:
+            queue.run("narrow", batch, s)
         for digit in range(self._native.n_digits(self._f64)):
             queue.run("count_digits", batch, s, digit)
             queue.run("choose_digits", s, digit)
         if not self._all_ties:
-            queue.run("count_equals", batch, s, offset)
+            queue.run("count_equals", batch, s)
             queue.run("locate_ties", s)
             queue.run("find_ties", batch, s, offset)
 
