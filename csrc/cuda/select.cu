@@ -343,7 +343,9 @@ __global__ void __launch_bounds__(SAMPLE_THREADS, 1) set_brackets_kernel(Selecti
 /// no particular order.
 template <class Load>
 __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_kernel(const Job* job, Selection s) {
-    FM_SHARED(uint32_t, counts);  // above, from the high end on, from the low end on, between, nonzero
+    FM_SHARED(uint32_t, kept);  // [MOST_BETWEEN], then counts
+    // Above, from the high end on, from the low end on, between, nonzero.
+    uint32_t* const counts = kept + MOST_BETWEEN;
     const Operands& in = job->in;
     for (int64_t task = blockIdx.x; task < s.n_pieces * s.n_keys; task += gridDim.x) {
         const int k = int(task % s.n_keys);
@@ -354,7 +356,6 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_ker
             if (s.targets[t].open != 1) continue;
             const uint32_t low = s.brackets[t].low, high = s.brackets[t].high;
             const uint32_t inner = high > low ? high - low - 1 : 0;
-            uint32_t* const between = s.between + (t * s.n_pieces + piece) * MOST_BETWEEN;
             if (threadIdx.x < 5) counts[threadIdx.x] = 0;
             __syncthreads();
             uint32_t above = 0, from_high = 0, from_low = 0, zeros = 0, seen = 0;
@@ -363,7 +364,9 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_ker
                 uint32_t bits = 0;
                 FM_UNROLL
                 for (int j = 0; j < N; ++j) {
-                    above += keys[j] > high, from_high += keys[j] >= high, from_low += keys[j] >= low;
+                    // Keys have 31 bits: a difference's sign is an order, and cheaper to add than a flag.
+                    above += (high - keys[j]) >> 31;
+                    from_high += (high - 1 - keys[j]) >> 31, from_low += (low - 1 - keys[j]) >> 31;
                     bits |= uint32_t(keys[j] - low - 1 < inner) << j;
                 }
                 if (s.fraction >= 0) {
@@ -372,13 +375,13 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_ker
                     for (int j = 0; j < N; ++j) zeros += keys[j] == 0;
                 }
                 if (!bits) return;
-                uint32_t at = atomicAdd(counts + 3, unsigned(__popc(bits)));
+                const unsigned n = unsigned(__popc(bits));
+                const uint32_t at = atomicAdd(counts + 3, n);
+                if (at + n > MOST_BETWEEN) return;  // the count tells that not all are kept
+                uint32_t* to = kept + at;
                 FM_UNROLL
                 for (int j = 0; j < N; ++j)
-                    if (bits >> j & 1) {
-                        if (at < MOST_BETWEEN) between[at] = keys[j];
-                        ++at;
-                    }
+                    if (bits >> j & 1) *to++ = keys[j];
             });
             const uint32_t found[5] = {above, from_high, from_low, 0, seen - zeros};
             FM_UNROLL
@@ -393,6 +396,9 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_ker
                                                     counts[3]};
                 if (counts[4]) atomicAdd(s.nonzero + k, static_cast<unsigned long long>(counts[4]));
             }
+            if (counts[3] <= MOST_BETWEEN)
+                for (uint32_t i = threadIdx.x; i < counts[3]; i += THREADS)
+                    s.between[(t * s.n_pieces + piece) * MOST_BETWEEN + i] = kept[i];
             __syncthreads();
         }
     }
@@ -870,14 +876,15 @@ cudaError_t narrow(const Job* job, bool coded, const Selection& s, cudaStream_t 
     const auto sample = coded ? sample_keys_kernel<AnyLoad> : sample_keys_kernel<DenseLoad>;
     const auto keep = coded ? keep_between_kernel<AnyLoad> : keep_between_kernel<DenseLoad>;
     const dim3 sampling(resident_blocks(sample, divide_up(int64_t(SAMPLE) / 8 * s.n_keys, THREADS), 0));
-    const dim3 keeping(resident_blocks(keep, s.n_pieces * s.n_keys, 0));
+    constexpr size_t kept = sizeof(uint32_t) * (MOST_BETWEEN + 5);
+    const dim3 keeping(resident_blocks(keep, s.n_pieces * s.n_keys, kept));
     constexpr size_t sums = sizeof(int64_t) * MOST_WARPS;
     cudaError_t status = launch(sample, sampling, dim3(THREADS), 0, stream, job, s);
     if (status == cudaSuccess)
         status = launch(set_brackets_kernel, dim3(n_targets), dim3(SAMPLE_THREADS),
                         sums + sizeof(uint32_t) * DIGIT_BINS, stream, s);
     if (status == cudaSuccess)
-        status = launch(keep, keeping, dim3(THREADS), 5 * sizeof(uint32_t), stream, job, s);
+        status = launch(keep, keeping, dim3(THREADS), kept, stream, job, s);
     if (status == cudaSuccess)
         status = launch(check_brackets_kernel, dim3(n_targets), dim3(THREADS), sums, stream, s);
     return status;
