@@ -224,8 +224,36 @@ def selection() -> None:
             for limit in (1 << 30, 50_001):
                 agreement.check_statistic(under_test, held, request, limit)
         _streamed(under_test, held, requests)
+    _misled(under_test, n)
     # Cuts over a model, of tensors that lie across the borders of pieces.
     _model_scope(under_test, np.random.default_rng(5))
+
+
+def _misled(under_test: Any, n: int) -> None:
+    """A sample that is unlike the rest, so that brackets miss on either side; a bracket that holds more keys
+    of one piece than are kept."""
+    import agreement
+    import cases
+    import numpy as np
+    import torch
+
+    from fastmerge.stages import OrderStatistic
+
+    runs = under_test._native.SAMPLE // 8
+    stride, run = n // runs, np.arange(runs, dtype=np.uint64)
+    shift = (run * 0x9E3779B9 % 2**32) * np.uint64(stride - 8) >> np.uint64(32)
+    sampled = ((run * stride + shift) // 8 * 8)[:, None] + np.arange(8, dtype=np.uint64)
+    rng = np.random.default_rng(8)
+    x = rng.integers(-50, 51, n) / 64
+    high, low, crowded = x.copy(), x.copy(), 4 * x
+    high[sampled.astype(int)] = 8.0
+    low[sampled.astype(int)] = 0.001
+    crowded[65_536:131_072] = 1 + rng.permutation(65_536) / 2**23
+    experts = [torch.from_numpy(e).float() for e in (high, low, crowded)]
+    held = cases.Operands(torch.zeros(n), experts)
+    for rank in (1, 30_000, 70_000, 100_000, n - 1):
+        agreement.check_statistic(under_test, held, OrderStatistic([[rank]] * 3), 1 << 30)
+    agreement.check_statistic(under_test, held, OrderStatistic(fraction_of_nonzero=0.4), 1 << 30)
 
 
 def _model_scope(under_test: Any, rng: Any) -> None:
@@ -282,7 +310,7 @@ def sums() -> None:
 
 
 def ranks() -> None:
-    """Ranked drops of rows longer than a block has threads, kept as bits or with their ranks."""
+    """Ranked drops of rows that a block sorts in registers, or does not; kept as bits or with ranks."""
     import agreement
     import cases
     import torch
@@ -291,7 +319,8 @@ def ranks() -> None:
 
     under_test = kernels()
     for seed, content in enumerate(["grid", "normal", "equal"]):
-        for shape in [(5, 600), (3, 1, 257), (2, 16)]:
+        shapes = [(5, 600), (3, 1, 257), (2, 16), ((1, 4500), (1, 8200), (1, 16_500))[seed]]
+        for shape in shapes:
             rng = agreement.rng_of("ranks", content, shape)
             base, *experts = (cases.tensor(rng, shape, content, torch.bfloat16) for _ in range(3))
             held = cases.Operands(base, experts)

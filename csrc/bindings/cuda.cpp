@@ -96,6 +96,10 @@ PYBIND11_MODULE(FM_MODULE, m) {
     m.attr("SEGMENT") = SEGMENT;
     m.attr("BLOCK") = BLOCK;
     m.attr("TREE_GROUP") = cuda::TREE_GROUP;
+    m.attr("SAMPLE") = cuda::SAMPLE;
+    m.attr("MOST_BETWEEN") = cuda::MOST_BETWEEN;
+    m.attr("BRACKET_BYTES") = sizeof(cuda::Bracket);
+    m.attr("INSIDE_BYTES") = sizeof(cuda::Inside);
     m.attr("DIGIT_BINS") = cuda::DIGIT_BINS;
     m.def("n_digits", &cuda::n_digits);
     PYBIND11_NUMPY_DTYPE(Target, rank, prefix, piece, open, value, last_tie);
@@ -216,12 +220,12 @@ PYBIND11_MODULE(FM_MODULE, m) {
 
     using cuda::Selection;
     py::class_<Selection>(m, "Selection")
-        .def(py::init([](int n_keys, int n_ranks, bool variance, bool all_ties, bool f64, double fraction,
-                         uintptr_t targets, uintptr_t bins, uintptr_t nonzero, uintptr_t equal,
-                         int64_t n_pieces) {
+        .def(py::init([](int n_keys, int n_ranks, bool all_ties, bool f64, double fraction,
+                         uintptr_t targets, uintptr_t bins, uintptr_t nonzero, uintptr_t equal, int64_t n,
+                         int64_t n_pieces, uintptr_t sample, uintptr_t brackets, uintptr_t inside,
+                         uintptr_t between) {
             return Selection{n_keys,
                              n_ranks,
-                             variance,
                              all_ties,
                              f64,
                              fraction,
@@ -229,25 +233,31 @@ PYBIND11_MODULE(FM_MODULE, m) {
                              at<unsigned long long>(bins),
                              at<unsigned long long>(nonzero),
                              at<uint32_t>(equal),
-                             n_pieces};
+                             n,
+                             n_pieces,
+                             at<uint32_t>(sample),
+                             at<cuda::Bracket>(brackets),
+                             at<cuda::Inside>(inside),
+                             at<uint32_t>(between)};
         }));
     m.def("open_targets", [](const Queue& q, const Selection& s, uintptr_t ranks, int64_t units, int64_t n) {
         on(q, [&](cudaStream_t stream) {
             return cuda::open_targets(s, at<const int64_t>(ranks), units, n, stream);
         });
     });
+    m.def("narrow", [](const Queue& q, const PyBatch& b, const Selection& s) {
+        on(q, [&](cudaStream_t stream) { return cuda::narrow(b.job(), b.kind.coded, s, stream); });
+    });
     m.def("count_digits", [](const Queue& q, const PyBatch& b, const Selection& s, int d) {
         on(q, [&](cudaStream_t stream) {
-            return cuda::count_digits(b.job(), b.in(), b.kind.coded, s, d, stream);
+            return cuda::count_digits(b.job(), b.kind.coded, s, d, stream);
         });
     });
     m.def("choose_digits", [](const Queue& q, const Selection& s, int d) {
         on(q, [&](cudaStream_t stream) { return cuda::choose_digits(s, d, stream); });
     });
-    m.def("count_equals", [](const Queue& q, const PyBatch& b, const Selection& s, int64_t offset) {
-        on(q, [&](cudaStream_t stream) {
-            return cuda::count_equals(b.job(), b.in(), b.kind.coded, s, offset, stream);
-        });
+    m.def("count_equals", [](const Queue& q, const PyBatch& b, const Selection& s) {
+        on(q, [&](cudaStream_t stream) { return cuda::count_equals(b.job(), b.kind.coded, s, stream); });
     });
     m.def("locate_ties", [](const Queue& q, const Selection& s) {
         on(q, [&](cudaStream_t stream) { return cuda::locate_ties(s, stream); });

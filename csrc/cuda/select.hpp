@@ -22,30 +22,48 @@ FM_HD constexpr int digit_shift(bool f64, int d) {
     return shift;
 }
 
-/// What is being selected: targets [n_ranks, n_keys], of each expert's |delta|, or of the variance (n_keys is
-/// 1).
+/// Keys of each expert that are sampled, and those between the ends of a bracket that are kept of a piece.
+constexpr int SAMPLE = 1 << 15;
+constexpr int64_t MOST_BETWEEN = PIECE_ELEMENTS / 16;
+
+/// Where the key of a target's cut is looked for: [low, high]. holds: 1 once that is known to be right.
+struct Bracket {
+    uint32_t low, high;
+    int32_t holds;
+};
+/// Keys of a piece above a bracket, at its ends (at the high one if they are one), and between.
+struct Inside {
+    uint32_t above, at_high, at_low, between;
+};
+
+/// What is being selected: targets [n_ranks, n_keys] of each expert's |delta|.
 struct Selection {
     int n_keys = 1, n_ranks = 1;
-    bool variance = false, all_ties = false, f64 = false;
+    bool all_ties = false, f64 = false;
     double fraction = -1;  // of the nonzero elements, when >= 0
     Target* targets = nullptr;
     unsigned long long* bins = nullptr;     // [n_ranks, n_keys, DIGIT_BINS], zeros
     unsigned long long* nonzero = nullptr;  // [n_keys], zeros
-    uint32_t* equal = nullptr;              // [n_ranks, n_keys, pieces of the flattened order], zeros
-    int64_t n_pieces = 0;
+    uint32_t* equal = nullptr;              // [n_ranks, n_keys, n_pieces], zeros
+    int64_t n = 0, n_pieces = 0;            // elements, and pieces of the chunk that holds them all
+    // Of float32:
+    uint32_t* sample = nullptr;    // [n_keys, SAMPLE]
+    Bracket* brackets = nullptr;   // [n_ranks, n_keys], zeros
+    Inside* inside = nullptr;      // [n_ranks, n_keys, n_pieces]
+    uint32_t* between = nullptr;   // [n_ranks, n_keys, n_pieces, MOST_BETWEEN] keys
 };
 
 /// Begin: ranks [n_ranks, n_keys] of n elements, for each of the units.
 cudaError_t open_targets(const Selection& s, const int64_t* ranks, int64_t units, int64_t n,
                          cudaStream_t stream);
-/// Count digit d of a chunk's keys; then choose it once all chunks are counted.
-cudaError_t count_digits(const Job* job, const Operands& in, bool coded, const Selection& s, int d,
-                         cudaStream_t stream);
+/// Of float32: bracket the cuts, and keep what is in the brackets.
+cudaError_t narrow(const Job* job, bool coded, const Selection& s, cudaStream_t stream);
+/// Count digit d of the keys; then choose it.
+cudaError_t count_digits(const Job* job, bool coded, const Selection& s, int d, cudaStream_t stream);
 cudaError_t choose_digits(const Selection& s, int d, cudaStream_t stream);
-/// Count keys equal to the cuts by piece of the flattened order, in which the chunk begins at `offset`; then
-/// find each cut's piece; then, of chunks in order, its last tie.
-cudaError_t count_equals(const Job* job, const Operands& in, bool coded, const Selection& s, int64_t offset,
-                         cudaStream_t stream);
+/// Count keys equal to the cuts piece by piece; then find each cut's piece; then its last tie. The chunk
+/// begins at `offset` + in.start of the flattened order.
+cudaError_t count_equals(const Job* job, bool coded, const Selection& s, cudaStream_t stream);
 cudaError_t locate_ties(const Selection& s, cudaStream_t stream);
 cudaError_t find_ties(const Job* job, bool coded, const Selection& s, int64_t offset, cudaStream_t stream);
 /// Everything for units of `unit` elements in one launch, a block each: targets [n_ranks, n_keys, units] of

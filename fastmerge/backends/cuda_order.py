@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastmerge.backends import Chunk, Sweep
+from fastmerge.backends import Buffer, Chunk, Sweep
 from fastmerge.backends.streamed_order import StreamedOrder
 from fastmerge.dtypes import DType
 from fastmerge.stages import Axis, Cut, OrderStatistic
@@ -43,7 +44,8 @@ def order_sweep(
 class WholeOrder(Sweep):
     """Cuts of rows, in chunks of whole ones, or of a tensor in one chunk.
 
-    A row, or a short tensor, takes one launch; a longer tensor one per digit of the key, and two for ties.
+    A row, or a short tensor, takes one launch. A longer tensor is read once: what lies in brackets that a
+    sample sets is kept, and looked at digit by digit.
     """
 
     def __init__(
@@ -58,10 +60,10 @@ class WholeOrder(Sweep):
         self._kernels, self._all_ties = kernels, request.all_ties
         self._native = native = kernels._native
         self._queue = queue = kernels._queue()
-        by_row, variance = request.scope == "row", request.of == "variance"
+        by_row, self._variance = request.scope == "row", request.of == "variance"
         self._axis = Axis.ROW if by_row else Axis.TENSOR
         self._f64 = compute is DType.F64
-        self._n_keys = 1 if variance else k
+        self._n_keys = 1 if self._variance else k
         fraction = request.fraction_of_nonzero
         n_ranks = 1 if fraction is not None else len(request.ranks[0]) if request.ranks else 1
         self._unit = cols if by_row else n
@@ -79,11 +81,16 @@ class WholeOrder(Sweep):
         nonzero = queue.zeros(self._n_keys, dtype="int64")
         equal = queue.zeros(n_targets, pieces, dtype="int32")
         uploaded = queue.upload(ranks)
-        self._owned = [bins, nonzero, equal, uploaded]
+        self._narrowed = not self._short and not self._f64
+        several = n_targets if self._narrowed else 0
+        sample = queue.empty(self._n_keys if several else 0, native.SAMPLE, dtype="int32")
+        brackets = queue.zeros(several, native.BRACKET_BYTES, dtype="uint8")
+        inside = queue.empty(several, pieces, native.INSIDE_BYTES, dtype="uint8")
+        between = queue.empty(several, pieces, native.MOST_BETWEEN, dtype="int32")
+        self._owned = [bins, nonzero, equal, uploaded, sample, brackets, inside, between]
         self._selection = native.Selection(
             self._n_keys,
             n_ranks,
-            variance,
             request.all_ties,
             self._f64,
             -1.0 if fraction is None else fraction,
@@ -91,7 +98,12 @@ class WholeOrder(Sweep):
             bins.data_ptr(),
             nonzero.data_ptr(),
             equal.data_ptr(),
+            n,
             pieces,
+            sample.data_ptr(),
+            brackets.data_ptr(),
+            inside.data_ptr(),
+            between.data_ptr(),
         )
         queue.run("open_targets", self._selection, uploaded.data_ptr(), self._units, self._unit)
 
@@ -99,17 +111,29 @@ class WholeOrder(Sweep):
         if not chunk.n or not self._n_keys:
             return
         queue, s = self._queue, self._selection
+        if self._variance:
+            chunk = self._as_delta(chunk)
         batch = self._kernels.batch_of(queue, chunk)
         if self._short:
             queue.run("select_units", batch, s, self._unit, self._units)
             return
+        if self._narrowed:
+            queue.run("narrow", batch, s)
         for digit in range(self._native.n_digits(self._f64)):
             queue.run("count_digits", batch, s, digit)
             queue.run("choose_digits", s, digit)
         if not self._all_ties:
-            queue.run("count_equals", batch, s, offset)
+            queue.run("count_equals", batch, s)
             queue.run("locate_ties", s)
             queue.run("find_ties", batch, s, offset)
+
+    def _as_delta(self, chunk: Chunk) -> Chunk:
+        """Return the variance as the one delta of a chunk: a key is the bits of a number of that key."""
+        queue, dtype = self._queue, DType.F64 if self._f64 else DType.F32
+        batch = self._kernels.batch_of(queue, chunk)
+        keys = self._kernels.order_keys(queue, batch, chunk, -1, 0)[0]
+        variance = Buffer(keys.data_ptr(), dtype, chunk.n, keys, str(queue.device))
+        return dataclasses.replace(chunk, base=None, experts=[variance])
 
     def next_pass(self) -> bool:
         return False
