@@ -3,13 +3,13 @@
     pip install --no-deps --target DIR fusion-bench
     python benchmarks/bench_svd.py --rivals DIR            three shapes, 4 and 8 experts: an hour
     python benchmarks/bench_svd.py --rivals DIR --shapes 1024x1024
+    python benchmarks/bench_svd.py --rivals DIR --device cuda             on a GPU
 
 Ours is `fastmerge.merge_tensors` on a base and experts in float32, deltas included; the rivals are given the
 deltas. Of large matrices plain torch is left out where FusionBench takes the same steps. Loops of 300 steps
 are timed over fewer, and scaled: `steps` says over how many. The floor is what LAPACK and BLAS alone take for
 the decompositions and products that ours is made of, timed in the same run. Errors are of the merged delta,
-against float64 oracles, where those end in sensible time. Results go to benchmarks/results/svd.json.
-"""
+against float64 oracles, where those end in sensible time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -295,9 +296,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: all of it on a GPU")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "svd.json"
+        "--results", type=Path, help="benchmarks/results/svd.json, or svd-<card>.json of a GPU"
     )
     options = parser.parse_args()
+    card = torch.cuda.get_device_name() if options.device != "cpu" else ""
+    name = re.sub(r"\W+", "-", f"svd {card.lower().removeprefix('nvidia ')}".strip())
+    results = options.results or ROOT / "benchmarks" / "results" / f"{name}.json"
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = FusionBench(options.rivals, options.device) if options.rivals else None
@@ -306,7 +310,7 @@ def main() -> None:
     data: dict[str, Any] = {
         **environment("fastmerge", "torch"),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "device": card or "cpu",
         "rank": RANK,
         "repeat": options.repeat,
         "steps": STEPS,
@@ -314,7 +318,7 @@ def main() -> None:
     }
     if bench is not None:
         data["versions"]["fusion-bench"] = bench.version
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
     for shape in [(int(m), int(n)) for m, n in (text.split("x") for text in options.shapes)]:
         large = shape[0] * shape[1] > LARGE
         for n_experts in options.experts:
@@ -328,8 +332,8 @@ def main() -> None:
                     del case.rivals["torch"]
                 data["rows"].append(measured(case, given, options.repeat))
                 show(data["rows"][-1])
-                options.results.write_text(json.dumps(data, indent=1) + "\n")
-    print(f"wrote {options.results}")
+                results.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"wrote {results}")
 
 
 if __name__ == "__main__":

@@ -334,8 +334,10 @@ def svd_table(data: Row) -> list[str]:
         ("FusionBench's", lambda r: f"{r['fusionbench_error']:.1e}"),
         ("torch's", lambda r: f"{r['torch_error']:.1e}"),
     ]
+    device = data.get("device", "cpu")
+    where = f"{data['threads']} threads" if device == "cpu" else device
     what = (
-        f"float32, {data['threads']} threads, best of {data['repeat']} runs, one where that "
+        f"float32, {where}, best of {data['repeat']} runs, one where that "
         f"takes over 2 s; adapters of rank {data['rank']}; errors against float64"
     )
     return [provenance(data, what), *table(columns, data["rows"])]
@@ -437,6 +439,7 @@ TABLES = {
     "ops": results("ops.json", ops_table),
     "svd_methods": svd_methods_table,
     "svd_speed": results("svd.json", svd_table),
+    "svd_gpu": results("svd-*.json", svd_table),
     "svd_merges": results("decompose.json", decompose_table),
     "svd_accuracy": results("accuracy_svd.json", accuracy_table),
 }
