@@ -42,7 +42,7 @@ __device__ __forceinline__ bool aligned16(const void* p, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(static_cast<const char*>(p) + bytes) % 16 == 0;
 }
 
-/// Eight keys into shared memory, by two wide stores.
+/// Eight keys, by two wide stores.
 __device__ __forceinline__ void store_keys(const uint32_t* keys, uint32_t* to) {
     uint4* const wide = reinterpret_cast<uint4*>(to);
     wide[0] = make_uint4(keys[0], keys[1], keys[2], keys[3]);
@@ -652,13 +652,28 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
 template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     order_keys_kernel(const Job* job, int first, int last, Key<Real>* keys) {
+    constexpr int V = KEYS_AT_ONCE<Real>;
     const Operands& in = job->in;
-    const int64_t step = int64_t(gridDim.x) * THREADS;
+    const int64_t step = int64_t(gridDim.x) * THREADS * V;
     for (int k = first; k < last; ++k)
-        for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < in.n; i += step) {
-            Real x[1];
-            load_keyed<Real, 1, Load>(in, k, i, x);
-            keys[(k - first) * in.n + i] = order_key(x[0]);
+        for (int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V; i < in.n; i += step) {
+            Key<Real>* const to = keys + (k - first) * in.n + i;
+            if constexpr (V == 8)
+                if (i + V <= in.n && aligned16(to, 0)) {
+                    Real x[V];
+                    load_keyed<Real, V, Load>(in, k, i, x);
+                    uint32_t found[V];
+                    FM_UNROLL
+                    for (int j = 0; j < V; ++j) found[j] = order_key(x[j]);
+                    store_keys(found, to);
+                    continue;
+                }
+            FM_ROLLED
+            for (int j = 0; j < V && i + j < in.n; ++j) {
+                Real x[1];
+                load_keyed<Real, 1, Load>(in, k, i + j, x);
+                to[j] = order_key(x[0]);
+            }
         }
 }
 
@@ -939,7 +954,7 @@ cudaError_t select_units(const Job* job, const Operands& in, bool coded, const S
 cudaError_t order_keys(const Job* job, const Operands& in, Kind kind, int first, int last, void* keys,
                        cudaStream_t stream) {
     const auto run = [&](auto kernel, auto* to) {
-        const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS), 0));
+        const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS * (kind.f64 ? 1 : 8)), 0));
         return launch(kernel, grid, dim3(THREADS), 0, stream, job, first, last, to);
     };
     if (kind.f64)
