@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.backends import CHUNK_ELEMENTS, MOST_DECIDED
+from fastmerge.backends.cuda_order import whole_bytes
 from fastmerge.backends.streamed_order import scratch_bytes
 from fastmerge.backends.triton_plan import SPAN
 from fastmerge.checkpoint.coded import CodedInfo
@@ -409,15 +410,18 @@ def _statistic_scratch(
     experts, wide = len(job.experts), job.compute is DType.F64
     word = 8 if wide else 4
     if isinstance(request, OrderStatistic):
-        over_model = job.scope is Scope.MODEL
-        streamed = 0
-        if request.scope != "row" and (n < job.n or over_model):
+        over_model, rows = job.scope is Scope.MODEL, request.scope == "row"
+        variance = request.of == "variance"
+        n_keys = 1 if variance else experts
+        n_ranks = max(1, len(request.ranks[0])) if request.ranks else 1
+        if not rows and (n < job.n or over_model):
             part = min(n, next((p.n for p in split(job, item_bytes)), 0))
-            n_keys = 1 if request.of == "variance" else experts
-            n_ranks = max(1, len(request.ranks[0])) if request.ranks else 1
             whole = plan.n_model if over_model else job.n
             streamed = scratch_bytes(whole, part, n_keys, n_ranks, wide)
-        return max(n * word if backend == "triton" else 0, streamed)
+            return max(n * word if backend == "triton" else 0, streamed)
+        if backend == "cuda":
+            return whole_bytes(n, n_keys, n_ranks, variance, wide, rows)
+        return n * word if backend == "triton" else 0
     drop = request.keep.drop if isinstance(request, Moments) else None
     if isinstance(drop, RankedDrop):
         sorts = drop.axis is not Axis.ROW or wide

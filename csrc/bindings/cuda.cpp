@@ -220,10 +220,9 @@ PYBIND11_MODULE(FM_MODULE, m) {
 
     using cuda::Selection;
     py::class_<Selection>(m, "Selection")
-        .def(py::init([](int n_keys, int n_ranks, bool all_ties, bool f64, double fraction,
-                         uintptr_t targets, uintptr_t bins, uintptr_t nonzero, uintptr_t equal, int64_t n,
-                         int64_t n_pieces, uintptr_t sample, uintptr_t brackets, uintptr_t inside,
-                         uintptr_t between) {
+        .def(py::init([](int n_keys, int n_ranks, bool all_ties, bool f64, double fraction, uintptr_t targets,
+                         uintptr_t bins, uintptr_t nonzero, uintptr_t equal, int64_t n, int64_t n_pieces,
+                         uintptr_t sample, uintptr_t brackets, uintptr_t inside, uintptr_t between) {
             return Selection{n_keys,
                              n_ranks,
                              all_ties,
@@ -249,9 +248,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
         on(q, [&](cudaStream_t stream) { return cuda::narrow(b.job(), b.kind.coded, s, stream); });
     });
     m.def("count_digits", [](const Queue& q, const PyBatch& b, const Selection& s, int d) {
-        on(q, [&](cudaStream_t stream) {
-            return cuda::count_digits(b.job(), b.kind.coded, s, d, stream);
-        });
+        on(q, [&](cudaStream_t stream) { return cuda::count_digits(b.job(), b.kind.coded, s, d, stream); });
     });
     m.def("choose_digits", [](const Queue& q, const Selection& s, int d) {
         on(q, [&](cudaStream_t stream) { return cuda::choose_digits(s, d, stream); });

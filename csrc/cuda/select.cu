@@ -1,10 +1,10 @@
 // Exact rank cuts: the key of the r-th largest |delta|, then the flat index of its last tie that is above.
 //
-// A sample brackets the key; one reading of the operands, (K + 1) * itemsize bytes per element, counts what is
-// above the bracket and at its ends and keeps the keys between, piece by piece. Among those the key is found
-// digit by digit, 11, 10 and 10 bits, and the piece that holds the last tie, which is read once more. A cut
-// outside its bracket, a piece with too many keys in it and float64 cost time only: their digits are counted
-// from the operands. Everything is integer, so that no order of work shows in a result.
+// A sample brackets the key; one reading of the operands, (K + 1) * itemsize bytes per element, counts what
+// is above the bracket and at its ends and keeps the keys between, piece by piece. Among those the key is
+// found digit by digit, 11, 10 and 10 bits, and the piece that holds the last tie, which is read once more. A
+// cut outside its bracket, a piece with too many keys in it and float64 cost time only: their digits are
+// counted from the operands. Everything is integer, so that no order of work shows in a result.
 #include "cuda/grid.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/select.hpp"
@@ -42,7 +42,7 @@ __device__ __forceinline__ bool aligned16(const void* p, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(static_cast<const char*>(p) + bytes) % 16 == 0;
 }
 
-/// Eight keys into shared memory, by two wide stores.
+/// Eight keys, by two wide stores.
 __device__ __forceinline__ void store_keys(const uint32_t* keys, uint32_t* to) {
     uint4* const wide = reinterpret_cast<uint4*>(to);
     wide[0] = make_uint4(keys[0], keys[1], keys[2], keys[3]);
@@ -167,12 +167,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             const Target t = s.targets[at];
             if (t.open != 1) continue;
             BinRun run(bins + r * DIGIT_BINS);
-            visit_candidates<Real, Load>(
-                in, s, at, k, task / s.n_keys, [&](uint64_t key, uint32_t times) {
-                    if (r == 0 && key) nonzero += times;
-                    if (has_prefix(key, t, shift, width, first))
-                        run.add(int(key >> shift & ((1u << width) - 1)), times);
-                });
+            visit_candidates<Real, Load>(in, s, at, k, task / s.n_keys, [&](uint64_t key, uint32_t times) {
+                if (r == 0 && key) nonzero += times;
+                if (has_prefix(key, t, shift, width, first))
+                    run.add(int(key >> shift & ((1u << width) - 1)), times);
+            });
             run.flush();
         }
         if (sizeof(Real) == 8 && s.fraction >= 0 && first && nonzero)
@@ -216,23 +215,28 @@ __device__ __forceinline__ Sums<T> sums_of(T mine, T* shared) {
 }
 
 /// The digit at which `rank` keys from the largest down are reached; rank becomes that within the digit's
-/// bin.
-template <class Count>
+/// bin. bins: aligned to 16 bytes. shared: [MOST_WARPS].
+template <int N_THREADS, class Count>
 __device__ __forceinline__ int choose_digit(const Count* bins, int64_t& rank, int64_t* shared) {
-    const int each = DIGIT_BINS / int(blockDim.x);
-    const int top = DIGIT_BINS - 1 - int(threadIdx.x) * each;  // this thread's bins, downwards
-    int64_t mine = 0;
-    for (int j = 0; j < each; ++j) mine += int64_t(bins[top - j]);
-    int64_t before = sums_of(mine, shared).before;
-    if (before < rank && rank <= before + mine)
-        for (int j = 0; j < each; ++j) {
-            const int64_t n = int64_t(bins[top - j]);
-            if (rank <= before + n) {
-                shared[0] = top - j, shared[1] = rank - before;
-                break;
-            }
-            before += n;
+    constexpr int EACH = DIGIT_BINS / N_THREADS;
+    struct alignas(EACH * sizeof(Count) < 16 ? EACH * sizeof(Count) : 16) Bins {
+        Count n[EACH];
+    };
+    const int run = N_THREADS - 1 - int(threadIdx.x);  // downwards
+    const Bins own = reinterpret_cast<const Bins*>(bins)[run];
+    Count mine = 0;
+    FM_UNROLL
+    for (int j = 0; j < EACH; ++j) mine += own.n[j];
+    Count before = sums_of(mine, reinterpret_cast<Count*>(shared)).before;
+    const Count want = Count(rank);
+    if (before < want && want <= before + mine) {
+        FM_UNROLL
+        for (int j = EACH - 1; j >= 0; --j) {
+            if (before < want && want <= before + own.n[j])
+                shared[0] = run * EACH + j, shared[1] = int64_t(want - before);
+            before += own.n[j];
         }
+    }
     __syncthreads();
     const int digit = int(shared[0]);
     rank = shared[1];
@@ -313,7 +317,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS, 1) set_brackets_kernel(Selecti
     }
     const double about = share * double(of), margin = DEVIATIONS * sqrt(about * (1 - share)) + MARGIN;
     int64_t rank[2] = {int64_t(about - margin), int64_t(about + margin) + 1};
-    const bool beyond[2] = {rank[0] < 1, rank[1] > SAMPLE};
+    const bool beyond[2] = {rank[0]<1, rank[1]> SAMPLE};
     rank[0] = beyond[0] ? 1 : rank[0], rank[1] = beyond[1] ? SAMPLE : rank[1];
     Target end[2] = {};
     FM_ROLLED
@@ -331,7 +335,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS, 1) set_brackets_kernel(Selecti
             run.flush();
             __syncthreads();
         }
-        const int digit = choose_digit(bins, rank[e], shared);
+        const int digit = choose_digit<SAMPLE_THREADS>(bins, rank[e], shared);
         end[e].prefix = end[e].prefix << width | uint64_t(digit);
     }
     if (threadIdx.x == 0)
@@ -342,7 +346,8 @@ __global__ void __launch_bounds__(SAMPLE_THREADS, 1) set_brackets_kernel(Selecti
 /// The reading: of each piece, how many keys are above the bracket and at its ends, and the keys between, in
 /// no particular order.
 template <class Load>
-__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4) keep_between_kernel(const Job* job, Selection s) {
+__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 4)
+    keep_between_kernel(const Job* job, Selection s) {
     FM_SHARED(uint32_t, kept);  // [MOST_BETWEEN], then counts
     // Above, from the high end on, from the low end on, between, nonzero.
     uint32_t* const counts = kept + MOST_BETWEEN;
@@ -434,7 +439,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (sizeof(Real) == 8 && t.open == 1 && first && s.fraction >= 0)
         open_fraction(t, s.fraction, int64_t(s.nonzero[blockIdx.x]));
     if (t.open == 1) {  // the same for all threads
-        const int digit = choose_digit(bins, t.rank, shared);
+        const int digit = choose_digit<THREADS>(bins, t.rank, shared);
         t.prefix = t.prefix << width | uint64_t(digit);
         if (last) {
             t.value = value_of<Real>(t.prefix);
@@ -581,7 +586,7 @@ constexpr int64_t HELD_BYTES = 80 << 10;
 
 /// A block selects all cuts of one unit and key. held: it keeps the unit's keys, else it reads them again.
 template <class Real, class Load>
-__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ? 3 : 4)
+__global__ void __launch_bounds__(THREADS, Load::coded ? 1 : 3)
     select_units_kernel(const Job* job, Selection s, int64_t unit, int64_t units, bool held) {
     FM_SHARED(int64_t, shared);  // of find_match; then the bins, then the keys
     uint32_t* bins = reinterpret_cast<uint32_t*>(shared + MOST_WARPS) + THREADS;
@@ -609,7 +614,10 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
             return x[0];
         };
         const auto visit = [&](auto&& f) {
-            for (int64_t i = threadIdx.x; i < unit; i += THREADS) f(key_at(i));
+            if (held)
+                for (int i = int(threadIdx.x); i < int(unit); i += THREADS) f(keys[i]);
+            else
+                for (int64_t i = threadIdx.x; i < unit; i += THREADS) f(key_at(i));
         };
         int64_t nonzero = 0;
         if (s.fraction >= 0) {
@@ -622,6 +630,7 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
             __syncthreads();
             if (t.open == 1 && s.fraction >= 0) open_fraction(t, s.fraction, nonzero);
             if (t.open == 1) {
+                FM_ROLLED
                 for (int d = 0; d < n_digits(F64); ++d) {
                     const int shift = digit_shift(F64, d), width = digit_width(F64, d);
                     for (int b = int(threadIdx.x); b < DIGIT_BINS; b += THREADS) bins[b] = 0;
@@ -633,15 +642,15 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
                     });
                     run.flush();
                     __syncthreads();
-                    const int digit = choose_digit(bins, t.rank, shared);
+                    const int digit = choose_digit<THREADS>(bins, t.rank, shared);
                     t.prefix = t.prefix << width | uint64_t(digit);
                 }
                 t.value = value_of<Real>(t.prefix), t.last_tie = END;
                 const Key<Real> cut = Key<Real>(t.prefix);
                 if (!s.all_ties)
-                    t.last_tie = in.start + begin + find_match<1>(0, unit, t.rank, shared, [&](int64_t i, int) {
-                                     return uint32_t(key_at(i) == cut);
-                                 });
+                    t.last_tie = in.start + begin +
+                                 find_match<1>(0, unit, t.rank, shared,
+                                               [&](int64_t i, int) { return uint32_t(key_at(i) == cut); });
             }
             if (threadIdx.x == 0) t.open = 0, at = t;
             __syncthreads();
@@ -652,23 +661,51 @@ __global__ void __launch_bounds__(THREADS, Load::coded ? 1 : sizeof(Real) == 8 ?
 template <class Real, class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     order_keys_kernel(const Job* job, int first, int last, Key<Real>* keys) {
+    constexpr int V = KEYS_AT_ONCE<Real>;
     const Operands& in = job->in;
-    const int64_t step = int64_t(gridDim.x) * THREADS;
+    const int64_t step = int64_t(gridDim.x) * THREADS * V;
     for (int k = first; k < last; ++k)
-        for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < in.n; i += step) {
-            Real x[1];
-            load_keyed<Real, 1, Load>(in, k, i, x);
-            keys[(k - first) * in.n + i] = order_key(x[0]);
+        for (int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * V; i < in.n; i += step) {
+            Key<Real>* const to = keys + (k - first) * in.n + i;
+            if constexpr (V == 8)
+                if (i + V <= in.n && aligned16(to, 0)) {
+                    Real x[V];
+                    load_keyed<Real, V, Load>(in, k, i, x);
+                    uint32_t found[V];
+                    FM_UNROLL
+                    for (int j = 0; j < V; ++j) found[j] = order_key(x[j]);
+                    store_keys(found, to);
+                    continue;
+                }
+            FM_ROLLED
+            for (int j = 0; j < V && i + j < in.n; ++j) {
+                Real x[1];
+                load_keyed<Real, 1, Load>(in, k, i + j, x);
+                to[j] = order_key(x[0]);
+            }
         }
 }
 
 // ---- ranks within rows ---------------------------------------------------------------------------------
 
-/// Keys of a thread, bits of a digit that are sorted by at a time, and the longest row that a block sorts
-/// without scratch memory.
+/// Keys of a thread, and bits of a digit that are sorted by at a time.
 constexpr int RANK_ITEMS = 16, RANK_BITS = 8, RANK_BINS = 1 << RANK_BITS;
+
+/// Threads of a block at most, and so the longest row that it sorts: what a thread has must fit in registers,
+/// of which code for newer devices takes more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class Load>
+constexpr int MOST_RANK_THREADS = 512;
+#else
 template <class Load>
 constexpr int MOST_RANK_THREADS = Load::coded ? 512 : 1024;
+#endif
+
+/// Takes x for a new value: what is computed of it is computed where it is used. Sixteen digits that are kept
+/// instead do not fit in registers.
+__device__ __forceinline__ void fresh(uint32_t& x) {
+    asm volatile("" : "+r"(x));
+}
 
 /// Lanes whose digit is this lane's.
 __device__ __forceinline__ uint32_t peers_of(uint32_t digit) {
@@ -689,10 +726,10 @@ __global__ void __launch_bounds__(MOST_RANK_THREADS<Load>, 1)
     rank_rows_kernel(const Job* job, uint32_t* ranks) {
     const int threads = int(blockDim.x), warps = threads / 32, t = int(threadIdx.x);
     const int lane = t % 32, warp = t / 32, slots = threads * RANK_ITEMS;
-    FM_SHARED(uint32_t, places);                  // [slots]
-    uint32_t* const counts = places + slots;      // [warps, RANK_BINS]
-    uint32_t* const sums = counts + warps * RANK_BINS;  // [MOST_WARPS]
-    uint32_t* const bits = sums + MOST_WARPS;     // [2]: that any key has, that all have
+    FM_SHARED(uint32_t, places);                                      // [slots]
+    uint32_t* const counts = places + slots;                          // [warps, RANK_BINS]
+    uint32_t* const sums = counts + warps * RANK_BINS;                // [MOST_WARPS]
+    uint32_t* const bits = sums + MOST_WARPS;                         // [2]: that any key has, that all have
     uint16_t* const columns = reinterpret_cast<uint16_t*>(bits + 2);  // [slots]
     uint32_t* const own = counts + warp * RANK_BINS;
     const Operands& in = job->in;
@@ -701,6 +738,7 @@ __global__ void __launch_bounds__(MOST_RANK_THREADS<Load>, 1)
         const int k = int(task % in.n_experts);
         const int64_t first = task / in.n_experts * cols;
         if (t < 2) bits[t] = t == 0 ? 0 : ALL;
+        FM_ROLLED
         for (int c = t * 8; c < slots; c += threads * 8) {
             if (c + 8 <= cols) {
                 uint32_t x[8];
@@ -733,6 +771,7 @@ __global__ void __launch_bounds__(MOST_RANK_THREADS<Load>, 1)
             __syncwarp();
             FM_UNROLL
             for (int j = 0; j < RANK_ITEMS; ++j) {
+                fresh(key[j]);
                 const uint32_t digit = key[j] >> shift & (RANK_BINS - 1), peers = peers_of(digit);
                 const uint32_t place = own[digit] + uint32_t(__popc(peers & ((1u << lane) - 1)));
                 __syncwarp();
@@ -762,7 +801,7 @@ __global__ void __launch_bounds__(MOST_RANK_THREADS<Load>, 1)
             __syncthreads();
             FM_UNROLL
             for (int j = 0; j < RANK_ITEMS; ++j) {
-                asm volatile("" : "+r"(key[j]));  // its digit anew: sixteen digits kept do not fit
+                fresh(key[j]);
                 at[j] += own[key[j] >> shift & (RANK_BINS - 1)] << 16;
             }
             if (shift + RANK_BITS >= stop) break;
@@ -791,8 +830,9 @@ struct Ranked {
 constexpr int LONG_DIGIT = 4, LONG_BINS = 1 << LONG_DIGIT,
               LONG_PASSES = 8;  // 32 bits, one more than keys have
 
-/// The same of a row that does not fit, in scratch memory: sort its keys, least digit first and stable, so that equal keys stay in order of index. Each thread
-/// has a run of neighbours: counted by digit and thread, the counts say where each run's keys of a digit go.
+/// The same of a row that does not fit, in scratch memory: sort its keys, least digit first and stable, so
+/// that equal keys stay in order of index. Each thread has a run of neighbours: counted by digit and thread,
+/// the counts say where each run's keys of a digit go.
 template <class Load>
 __global__ void __launch_bounds__(THREADS, 1)
     rank_long_rows_kernel(const Job* job, uint32_t* ranks, Ranked* scratch) {
@@ -847,10 +887,16 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 constexpr size_t LONG_SHARED = MOST_WARPS * sizeof(int64_t) + LONG_BINS * THREADS * sizeof(uint32_t);
 
+auto rank_kernel(bool coded) {
+    return coded ? rank_rows_kernel<AnyLoad> : rank_rows_kernel<DenseLoad>;
+}
+
 /// Threads of the block that sorts a row; 0 if a row is too long.
 int rank_threads(const Operands& in, bool coded) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, rank_kernel(coded)) != cudaSuccess) return 0;
     const int64_t threads = divide_up(divide_up(in.cols, RANK_ITEMS), 32) * 32;
-    return threads <= (coded ? MOST_RANK_THREADS<AnyLoad> : MOST_RANK_THREADS<DenseLoad>) ? int(threads) : 0;
+    return threads <= attributes.maxThreadsPerBlock ? int(threads) : 0;
 }
 
 auto long_kernel(bool coded) {
@@ -883,15 +929,13 @@ cudaError_t narrow(const Job* job, bool coded, const Selection& s, cudaStream_t 
     if (status == cudaSuccess)
         status = launch(set_brackets_kernel, dim3(n_targets), dim3(SAMPLE_THREADS),
                         sums + sizeof(uint32_t) * DIGIT_BINS, stream, s);
-    if (status == cudaSuccess)
-        status = launch(keep, keeping, dim3(THREADS), kept, stream, job, s);
+    if (status == cudaSuccess) status = launch(keep, keeping, dim3(THREADS), kept, stream, job, s);
     if (status == cudaSuccess)
         status = launch(check_brackets_kernel, dim3(n_targets), dim3(THREADS), sums, stream, s);
     return status;
 }
 
-cudaError_t count_digits(const Job* job, bool coded, const Selection& s, int d,
-                         cudaStream_t stream) {
+cudaError_t count_digits(const Job* job, bool coded, const Selection& s, int d, cudaStream_t stream) {
     const auto kernel = FM_KERNEL(count_digits_kernel, (Kind{s.f64, coded}));
     const size_t shared = sizeof(uint32_t) * DIGIT_BINS * size_t(s.n_ranks);
     const dim3 grid(resident_blocks(kernel, s.n_pieces * s.n_keys, shared));
@@ -928,8 +972,7 @@ cudaError_t select_units(const Job* job, const Operands& in, bool coded, const S
     const auto kernel = FM_KERNEL(select_units_kernel, (Kind{s.f64, coded}));
     const int64_t keys = unit * (s.f64 ? 8 : 4);
     const bool held = keys <= HELD_BYTES;
-    const size_t shared =
-        find_match_bytes(THREADS) + sizeof(uint32_t) * DIGIT_BINS + size_t(held ? keys : 0);
+    const size_t shared = find_match_bytes(THREADS) + sizeof(uint32_t) * DIGIT_BINS + size_t(held ? keys : 0);
     const cudaError_t status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     const dim3 grid(resident_blocks(kernel, in.n / unit * s.n_keys, shared));
@@ -939,7 +982,7 @@ cudaError_t select_units(const Job* job, const Operands& in, bool coded, const S
 cudaError_t order_keys(const Job* job, const Operands& in, Kind kind, int first, int last, void* keys,
                        cudaStream_t stream) {
     const auto run = [&](auto kernel, auto* to) {
-        const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS), 0));
+        const dim3 grid(resident_blocks(kernel, divide_up(in.n, THREADS * (kind.f64 ? 1 : 8)), 0));
         return launch(kernel, grid, dim3(THREADS), 0, stream, job, first, last, to);
     };
     if (kind.f64)
@@ -960,7 +1003,7 @@ cudaError_t rank_rows(const Job* job, const Operands& in, bool coded, uint32_t* 
     if (!threads)
         return launch(long_kernel(coded), dim3(long_blocks(in, coded)), dim3(THREADS), LONG_SHARED, stream,
                       job, ranks, static_cast<Ranked*>(scratch));
-    const auto kernel = coded ? rank_rows_kernel<AnyLoad> : rank_rows_kernel<DenseLoad>;
+    const auto kernel = rank_kernel(coded);
     const size_t words = size_t(threads) * RANK_ITEMS + size_t(threads / 32) * RANK_BINS + MOST_WARPS + 2;
     const size_t shared = words * sizeof(uint32_t) + size_t(threads) * RANK_ITEMS * sizeof(uint16_t);
     const cudaError_t status = allow_shared(kernel, shared);

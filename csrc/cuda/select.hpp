@@ -47,10 +47,10 @@ struct Selection {
     uint32_t* equal = nullptr;              // [n_ranks, n_keys, n_pieces], zeros
     int64_t n = 0, n_pieces = 0;            // elements, and pieces of the chunk that holds them all
     // Of float32:
-    uint32_t* sample = nullptr;    // [n_keys, SAMPLE]
-    Bracket* brackets = nullptr;   // [n_ranks, n_keys], zeros
-    Inside* inside = nullptr;      // [n_ranks, n_keys, n_pieces]
-    uint32_t* between = nullptr;   // [n_ranks, n_keys, n_pieces, MOST_BETWEEN] keys
+    uint32_t* sample = nullptr;   // [n_keys, SAMPLE]
+    Bracket* brackets = nullptr;  // [n_ranks, n_keys], zeros
+    Inside* inside = nullptr;     // [n_ranks, n_keys, n_pieces]
+    uint32_t* between = nullptr;  // [n_ranks, n_keys, n_pieces, MOST_BETWEEN] keys
 };
 
 /// Begin: ranks [n_ranks, n_keys] of n elements, for each of the units.

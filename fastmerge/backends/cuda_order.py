@@ -41,6 +41,15 @@ def order_sweep(
     return StreamedOrder(request, n, n_keys, compute is DType.F64, keys, whole)
 
 
+def whole_bytes(n: int, n_keys: int, n_ranks: int, variance: bool, wide: bool, rows: bool) -> int:
+    """Bound the device memory that the cuts of n elements take that come at once."""
+    keys = n * (8 if wide else 4) if variance else 0
+    if rows or wide:
+        return keys
+    # A sixteenth of all keys, and as much again for what each piece counts and samples.
+    return keys + n_keys * (n_ranks * (n // 4 + (1 << 19)) + (1 << 18))
+
+
 class WholeOrder(Sweep):
     """Cuts of rows, in chunks of whole ones, or of a tensor in one chunk.
 
