@@ -31,8 +31,9 @@ FM_HD inline float fp8_scale_of(float peak) {
     return peak > 0 ? peak / 448.f : 1.f;
 }
 
+#if !defined(FM_GPU)  // csrc/cuda/quant4.cu has its own loops: a scale may be of more than a team can code
 /// Code rows x cols that share the scale number `at`; of the whole tensor's it is given.
-FM_HD inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
                                    const float* x, int64_t stride) {
     const int64_t at = fp8_scale_at(c, stored_row(c, row), col);
     float scale;
@@ -52,7 +53,7 @@ FM_HD inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_
     }
 }
 
-FM_HD inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
                              int64_t stride) {
     const int64_t group = c.group_rows ? group_size(c) : cols;
     const int together = c.group_rows > 1 ? c.group_rows : 1;
@@ -61,6 +62,7 @@ FM_HD inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col,
             encode_fp8_block(c, row + r, rows - r < together ? rows - r : together, col + j,
                              cols - j < group ? cols - j : group, x + r * stride + j, stride);
 }
+#endif
 
 }  // namespace FM_ISA
 }  // namespace fastmerge
