@@ -167,7 +167,7 @@ void Batch::cut_tiles(const Job& job) {
     coding.out = job.out, coding.out_type = job.out_type, coding.bad = job.bad;
     Variant v;
     v.shared_bytes = result.shared_bytes, v.most_blocks = result.most_blocks;
-    v.deep = result.coded.format == Format::Q4_K;
+    v.format = result.coded.format;
     const int64_t together = std::max<int64_t>(1, PIECE_ELEMENTS / 2 / result.tile());
     for (int64_t a = 0; a < result.tiles; a += together)
         pieces_of(v, 0).push_back({a, std::min(a + together, result.tiles), j});

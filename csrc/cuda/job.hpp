@@ -67,11 +67,11 @@ struct Variant {
     bool coded = false;        // an operand is
     int32_t shared_bytes = 0;  // of a block, where the result is coded
     int32_t most_blocks = 0;   // as CodedResult's
-    bool deep = false;         // the result's format needs much memory of each thread
+    Format format = Format::Dense;  // of a coded result
     bool operator==(const Variant& o) const {
         return unrolled == o.unrolled && narrow == o.narrow && election == o.election && f64 == o.f64 &&
                coded == o.coded && shared_bytes == o.shared_bytes && most_blocks == o.most_blocks &&
-               deep == o.deep;
+               format == o.format;
     }
 };
 

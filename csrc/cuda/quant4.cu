@@ -203,33 +203,23 @@ __device__ __forceinline__ bool load_tile(const Job& job, const CodedResult& to,
     return bad;
 }
 
-/// Not inlined: the registers that formats need are not the kernel's.
-template <bool DEEP>
-static __device__ __noinline__ void encode_unit(const Coded& coded, int64_t row, int rows, int64_t col,
-                                                int64_t cols, const float* x, int64_t stride) {
-    if (DEEP)
-        encode_blocks<BlockQ4_K>(coded, row, rows, col, cols, x, stride);
-    else
-        encode_small_tile(coded, row, rows, col, cols, x, stride);
-}
-
-/// DEEP: of Q4_K, whose teams are of eight lanes, with a sub-block for each.
-template <bool DEEP>
+/// Units by teams; those of Q4_K have eight lanes, a sub-block for each.
+template <Format FORMAT>
 __device__ __forceinline__ void encode_units(const CodedResult& to, const Window& w, const float* x) {
-    constexpr int LANES_OF_UNIT = DEEP ? BlockQ4_K::subs : TEAM;
+    constexpr int LANES_OF_UNIT = FORMAT == Format::Q4_K ? BlockQ4_K::subs : TEAM;
     const int wide = (w.cols + to.unit_cols - 1) / to.unit_cols,
               high = (w.rows + to.unit_rows - 1) / to.unit_rows;
     for (int u = int(threadIdx.x) / LANES_OF_UNIT; u < wide * high; u += THREADS / LANES_OF_UNIT) {
         const int32_t r = u / wide * to.unit_rows, c = u % wide * to.unit_cols;
         const int rows = w.rows - r < to.unit_rows ? w.rows - r : to.unit_rows;
         const int32_t cols = w.cols - c < to.unit_cols ? w.cols - c : to.unit_cols;
-        encode_unit<DEEP>(to.coded, w.row + r, rows, w.col + c, cols, x + r * w.cols + c, w.cols);
+        encode_tile(FORMAT, to.coded, w.row + r, rows, w.col + c, cols, x + r * w.cols + c, w.cols);
     }
 }
 
 /// FP8, whose units may be of any size: all threads look for their largest magnitudes, then all code.
 /// scale: [THREADS], of the tile's units.
-static __device__ __noinline__ void encode_fp8_units(const Job& job, const CodedResult& to, const Window& w,
+__device__ __forceinline__ void encode_fp8_units(const Job& job, const CodedResult& to, const Window& w,
                                                  const float* x, uint32_t* scale) {
     const Coded& coded = to.coded;
     const int wide = (w.cols + to.unit_cols - 1) / to.unit_cols,
@@ -288,12 +278,13 @@ __device__ __forceinline__ void sum_block(double& a, double& b, double* shared) 
 }
 
 /// What coding has cost a tile: squared errors, and squares. Always in the same order.
+template <Format FORMAT>
 __device__ __forceinline__ void measure_tile(const Job& job, const CodedResult& to, const Window& w,
                                              const float* x, double* shared, double* residual) {
     double errors = 0, squares = 0;
     visit_tile<TAKEN>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
         float decoded[TAKEN];
-        decode_elements(to.coded, i, n, decoded);
+        decode_few(FORMAT, to.coded, i, n, decoded);
         FM_UNROLL
         for (int j = 0; j < TAKEN; ++j)
             if (j < n) {
@@ -311,8 +302,9 @@ struct Shared {
     uint32_t scale[THREADS];
 };
 
-template <bool DEEP>
-__global__ void __launch_bounds__(THREADS, DEEP ? 3 : 4)
+/// Each format has a kernel of its own, with no more registers than it needs.
+template <Format FORMAT>
+__global__ void __launch_bounds__(THREADS, FORMAT == Format::Q4_K ? 2 : 3)
     walk_coded_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
     FM_SHARED(Shared, shared);
     for (int at = int(blockIdx.x); at < n_pieces; at += int(gridDim.x)) {
@@ -326,16 +318,43 @@ __global__ void __launch_bounds__(THREADS, DEEP ? 3 : 4)
                 if (threadIdx.x == 0) atomicOr(job.bad, 1);
                 continue;
             }
-            if (!DEEP && to.coded.format == Format::Fp8)
+            if (FORMAT == Format::Fp8)
                 encode_fp8_units(job, to, w, x, shared->scale);
             else
-                encode_units<DEEP>(to, w, x);
+                encode_units<FORMAT>(to, w, x);
             __syncthreads();  // codes are read, or the tile overwritten, by others
             if (to.residual) {
-                measure_tile(job, to, w, x, shared->sums, to.residual + 2 * tile);
+                measure_tile<FORMAT>(job, to, w, x, shared->sums, to.residual + 2 * tile);
                 __syncthreads();
             }
         }
+    }
+}
+
+using CodingKernel = void (*)(const Job*, const Piece*, int);
+
+CodingKernel coding_kernel(Format format) {
+    switch (format) {
+#define FM_CODING(FORMAT) \
+    case Format::FORMAT:  \
+        return walk_coded_kernel<Format::FORMAT>;
+        FM_CODING(Dense)
+        FM_CODING(BnbNf4)
+        FM_CODING(BnbFp4)
+        FM_CODING(Int4)
+        FM_CODING(Nvfp4)
+        FM_CODING(Mxfp4)
+        FM_CODING(Gptq)
+        FM_CODING(Awq)
+        FM_CODING(Q4_0)
+        FM_CODING(Q4_1)
+        FM_CODING(Q8_0)
+        FM_CODING(Q4_K)
+        FM_CODING(GgufMxfp4)
+        FM_CODING(Fp8)
+#undef FM_CODING
+        default:
+            return nullptr;
     }
 }
 
@@ -398,7 +417,8 @@ cudaError_t run_walks_any(const Batch::Launch& l, const Job* jobs, cudaStream_t 
 
 cudaError_t run_walks_coded(const Batch::Launch& l, const Job* jobs, cudaStream_t stream) {
     const Variant& v = l.variant;
-    const auto kernel = v.deep ? walk_coded_kernel<true> : walk_coded_kernel<false>;
+    const auto kernel = coding_kernel(v.format);
+    if (!kernel) return cudaErrorInvalidValue;
     const int64_t wanted = v.most_blocks ? std::min(v.most_blocks, l.n_pieces) : l.n_pieces;
     const size_t shared = size_t(v.shared_bytes);
     const cudaError_t status = allow_shared(kernel, shared);

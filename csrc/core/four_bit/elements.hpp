@@ -21,16 +21,15 @@
 #endif
 
 // Coding is the work of one thread on the host; on a GPU, of a team, whose lanes all run through it and share
-// out the elements.
-#if !defined(FM_GPU)
-#define FM_TEAM
-#define FM_EACH_TEAM FM_EACH
-#elif defined(__CUDACC__)
+// out the elements. FM_APART: what takes many registers, none of them its caller's.
+#if defined(FM_GPU) && defined(__CUDACC__)
 #define FM_TEAM __device__
 #define FM_EACH_TEAM __device__ __forceinline__
+#define FM_APART __device__ __noinline__
 #else
 #define FM_TEAM
 #define FM_EACH_TEAM FM_EACH
+#define FM_APART
 #endif
 
 namespace fastmerge {

@@ -65,10 +65,11 @@ FM_TEAM inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t 
     }
 }
 
-/// As encode_tile, of all formats but Q4_K, whose search takes far more room.
-FM_TEAM inline void encode_small_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                    const float* x, int64_t stride) {
-    switch (c.format) {
+/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
+/// begins a block. stride: elements between rows of x. format: c's, a constant where that is known.
+FM_EACH_TEAM void encode_tile(Format format, const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                              const float* x, int64_t stride) {
+    switch (format) {
         case Format::Dense:
             return encode_dense(c, row, rows, col, cols, x, stride);
         case Format::BnbNf4:
@@ -92,6 +93,8 @@ FM_TEAM inline void encode_small_tile(const Coded& c, int64_t row, int rows, int
             return encode_blocks<BlockQ4_1>(c, row, rows, col, cols, x, stride);
         case Format::Q8_0:
             return encode_blocks<BlockQ8_0>(c, row, rows, col, cols, x, stride);
+        case Format::Q4_K:
+            return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
         case Format::GgufMxfp4:
             return encode_blocks<BlockMxfp4>(c, row, rows, col, cols, x, stride);
 #if !defined(FM_GPU)
@@ -103,13 +106,12 @@ FM_TEAM inline void encode_small_tile(const Coded& c, int64_t row, int rows, int
     }
 }
 
-/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
-/// begins a block. stride: elements between rows of x.
-FM_TEAM inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
-    if (c.format == Format::Q4_K) return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
-    encode_small_tile(c, row, rows, col, cols, x, stride);
+#if !defined(FM_GPU)
+inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                        int64_t stride) {
+    encode_tile(c.format, c, row, rows, col, cols, x, stride);
 }
+#endif
 
 /// The scale of a whole tensor whose largest magnitude is `peak`.
 FM_HD inline float tensor_scale_of(const Coded& c, float peak) {

@@ -53,7 +53,7 @@ FM_TEAM inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) 
 }
 
 template <DType T, DType CODES>
-FM_TEAM inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+FM_APART inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
                               const float* x, int64_t stride) {
     const int64_t group = group_size(c), groups = groups_of_row(c), row_bytes = (c.cols + 7) / 8 * 4;
     for (int64_t j = 0; j < cols; j += group) {

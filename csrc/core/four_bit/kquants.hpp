@@ -140,7 +140,7 @@ struct BlockQ4_K {
     }
 #if defined(FM_GPU)
     /// By eight lanes, of which each has a sub-block.
-    FM_TEAM static void encode(const Coded&, const float* x, uint8_t* p) {
+    FM_APART static void encode(const Coded&, const float* x, uint8_t* p) {
         const uint32_t mask = team_mask<subs>();
         const int s = int(threadIdx.x % subs);
         SubBlocks<float> b;

@@ -107,7 +107,7 @@ inline void encode_codes(const Coded& c, const WordScale* scale, int64_t row, in
 #endif
 
 /// Code n columns, which are one group, of up to 8 rows.
-FM_TEAM inline void encode_words(const Coded& c, int64_t row, int rows, int64_t col, int64_t n,
+FM_APART inline void encode_words(const Coded& c, int64_t row, int rows, int64_t col, int64_t n,
                                  const float* x, int64_t stride) {
     const bool awq = c.format == Format::Awq;
     const int64_t g = col / group_size(c);
