@@ -57,16 +57,16 @@ inline bool has_coded(const Operands& in) {
 /// How the fused walk votes; each is a kernel of its own.
 enum class Election : int32_t { None = 0, Mass = 1, Other = 2 };
 
-/// A kernel of the fused walk, or the one that codes results; f64 and whatever `unrolled` < 0 means go element
-/// by element, coded operands by whatever is asked for.
+/// A kernel of the fused walk, or the one that codes results; f64 and whatever `unrolled` < 0 means go
+/// element by element, coded operands by whatever is asked for.
 struct Variant {
     int unrolled = -1;    // experts in registers; 0: looped over; -1: element by element
     bool narrow = false;  // all operands have 16 bits: 8 elements a thread, else 4
     Election election = Election::None;
     bool f64 = false;
-    bool coded = false;        // an operand is
-    int32_t shared_bytes = 0;  // of a block, where the result is coded
-    int32_t most_blocks = 0;   // as CodedResult's
+    bool coded = false;             // an operand is
+    int32_t shared_bytes = 0;       // of a block, where the result is coded
+    int32_t most_blocks = 0;        // as CodedResult's
     Format format = Format::Dense;  // of a coded result
     bool operator==(const Variant& o) const {
         return unrolled == o.unrolled && narrow == o.narrow && election == o.election && f64 == o.f64 &&

@@ -152,7 +152,7 @@ struct Window {
 
     __device__ __forceinline__ Window(const CodedResult& to, int64_t tile) {
         const int64_t high = int64_t(to.unit_rows) * to.down, wide = int64_t(to.unit_cols) * to.units;
-        const int64_t r = tile / to.across * high, c = tile % to.across * wide;
+        const int64_t q = quotient(tile, to.across), r = q * high, c = (tile - q * to.across) * wide;
         row = to.row + r, col = to.col + c;
         rows = int32_t(to.rows - r < high ? to.rows - r : high);
         cols = int32_t(to.cols - c < wide ? to.cols - c : wide);
@@ -162,9 +162,9 @@ struct Window {
 /// The runs of a tile, each by one thread: f(row of the tile, column of the tile, index of the chunk, n).
 template <int N, class F>
 __device__ __forceinline__ void visit_tile(const Job& job, const CodedResult& to, const Window& w, F&& f) {
-    const int per_row = int(runs_of<N>(w.cols));
-    for (int q = int(threadIdx.x); q < w.rows * per_row; q += THREADS) {
-        const int r = q / per_row;
+    const uint32_t per_row = uint32_t(runs_of<N>(w.cols));
+    for (uint32_t q = threadIdx.x; q < uint32_t(w.rows) * per_row; q += THREADS) {
+        const int r = int(q / per_row);
         const int64_t begin = (w.row + r) * to.coded.cols + w.col - job.in.start;
         const Part part = part_of<N>(0, begin, begin + w.cols, q % per_row);
         if (part.n > 0) f(r, int32_t(part.first - begin), part.first, part.n);
@@ -246,8 +246,8 @@ __device__ __forceinline__ void encode_fp8_units(const Job& job, const CodedResu
             const int64_t row = stored_row(coded, w.row + u / wide * to.unit_rows);
             const int64_t at = fp8_scale_at(coded, row, w.col + u % wide * to.unit_cols);
             const float peak = bit_cast<float>(scale[u]);
-            scale[u] = bit_cast<uint32_t>(
-                store_scale(coded.scales, coded.scale_type, at, fp8_scale_of(peak)));
+            scale[u] =
+                bit_cast<uint32_t>(store_scale(coded.scales, coded.scale_type, at, fp8_scale_of(peak)));
         }
         __syncthreads();
     }
@@ -311,7 +311,8 @@ __global__ void __launch_bounds__(THREADS, FORMAT == Format::Q4_K ? 2 : 3)
         const Piece piece = pieces[at];
         const Job& job = jobs[piece.job];
         const CodedResult& to = *static_cast<const CodedResult*>(job.out);
-        float* x = to.most_blocks ? to.scratch + blockIdx.x * to.tile() : reinterpret_cast<float*>(shared + 1);
+        float* x =
+            to.most_blocks ? to.scratch + blockIdx.x * to.tile() : reinterpret_cast<float*>(shared + 1);
         for (int64_t tile = piece.begin; tile < piece.end; ++tile) {
             const Window w(to, tile);
             if (__syncthreads_or(load_tile(job, to, w, x))) {

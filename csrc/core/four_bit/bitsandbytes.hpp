@@ -180,7 +180,7 @@ FM_TEAM inline void encode_bnb_block(const Coded& c, int64_t block, const float*
 /// Code flat elements [first, first + n); `first` begins a block.
 template <class Book, bool CUDA_RULE>
 FM_TEAM inline void encode_bnb(const Coded& c, int64_t first, int64_t n, const float* x) {
-    int64_t block = (first - c.origin) / c.group;
+    int64_t block = quotient(first - c.origin, c.group);
     for (int64_t i = 0; i < n; i += c.group, ++block)
         encode_bnb_block<Book, CUDA_RULE>(c, block, x + i, int(n - i < c.group ? n - i : c.group));
 }

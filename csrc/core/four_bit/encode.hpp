@@ -53,7 +53,7 @@ FM_HD inline Tile tile_of(const Coded& c) {
 }
 
 FM_TEAM inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                               const float* x, int64_t stride) {
+                                 const float* x, int64_t stride) {
     for (int r = 0; r < rows; ++r) {
         const int64_t first = stored_row(c, row + r) * c.cols + col;
 #if defined(FM_GPU)

@@ -216,8 +216,7 @@ FM_HD inline void few_of_q6_k(const Coded& c, int64_t row, int64_t col, int m, f
         const int place = int((col + j) % 256), run = place / 32, part = run % 4, i = place % 32;
         const int low = p[run / 4 * 64 + 32 * (part % 2) + i] >> part / 2 * 4 & 15;
         const int high = p[128 + run / 4 * 32 + i] >> 2 * part & 3;
-        const float scale =
-            half_to_float(load_half_word(p + 208)) * float(int8_t(p[192 + 2 * run + i / 16]));
+        const float scale = half_to_float(load_half_word(p + 208)) * float(int8_t(p[192 + 2 * run + i / 16]));
         out[j] = scale * float((low | high << 4) - 32);
     }
 }

@@ -145,7 +145,7 @@ struct BlockNvfp4 {
 /// Code rows of whole blocks.
 template <class Block>
 FM_TEAM inline void encode_blocks(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                const float* x, int64_t stride) {
+                                  const float* x, int64_t stride) {
     const int64_t blocks = c.cols / Block::elements;
     for (int r = 0; r < rows; ++r) {
         uint8_t* p = c.codes + (stored_row(c, row + r) * blocks + col / Block::elements) * Block::bytes;

@@ -54,10 +54,10 @@ FM_TEAM inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) 
 
 template <DType T, DType CODES>
 FM_APART inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
+                                 const float* x, int64_t stride) {
     const int64_t group = group_size(c), groups = groups_of_row(c), row_bytes = (c.cols + 7) / 8 * 4;
     for (int64_t j = 0; j < cols; j += group) {
-        const int64_t n = cols - j < group ? cols - j : group, g = (col + j) / group;
+        const int64_t n = cols - j < group ? cols - j : group, g = quotient(col + j, group);
         uint32_t zeros = 0;
         for (int r = 0; r < rows; ++r) {
             const int64_t at = stored_row(c, row + r);
@@ -76,7 +76,7 @@ FM_APART inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t 
 }
 
 FM_TEAM inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
+                                const float* x, int64_t stride) {
     if (c.type == DType::BF16 && c.other_rule)
         encode_int4<DType::BF16, DType::F32>(c, row, rows, col, cols, x, stride);
     else if (c.type == DType::BF16)

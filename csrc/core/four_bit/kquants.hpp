@@ -158,7 +158,8 @@ struct BlockQ4_K {
         }
         const uint16_t d_bits = float_to_half(most / 63.f), dmin_bits = float_to_half(deepest / 63.f);
         const Stored mine = stored(b.scale, b.low, most, deepest);
-        const uint32_t both = __shfl_down_sync(mask, uint32_t(mine.scale | mine.minimum << 8), subs / 2, subs);
+        const uint32_t both =
+            __shfl_down_sync(mask, uint32_t(mine.scale | mine.minimum << 8), subs / 2, subs);
         if (s == 0) store_half_word(p, d_bits), store_half_word(p + 2, dmin_bits);
         if (s < 4) store_scales(mine, {uint8_t(both), uint8_t(both >> 8)}, p, s);
         const float scale = half_to_float(d_bits) * float(mine.scale);
@@ -221,8 +222,7 @@ struct BlockQ4_K {
         }
         for (int h = 0; h < 4; ++h)
             for (int i = 0; i < 32; ++i)
-                p[16 + 32 * h + i] =
-                    uint8_t(int(code[64 * h + i]) | int(code[64 * h + 32 + i]) << 4);
+                p[16 + 32 * h + i] = uint8_t(int(code[64 * h + i]) | int(code[64 * h + 32 + i]) << 4);
     }
 #endif
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {

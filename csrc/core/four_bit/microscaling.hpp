@@ -140,12 +140,12 @@ struct Nvfp4Group {
 /// Scales of all groups first: what one waits for, the next need not.
 template <class Group>
 FM_TEAM inline void encode_micro(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                               const float* x, int64_t stride) {
+                                 const float* x, int64_t stride) {
     const int64_t groups = groups_of_row(c);
     for (int r = 0; r < rows; ++r, x += stride) {
         const int64_t at = stored_row(c, row + r);
         uint8_t* bytes = c.codes + (at * c.cols + col) / 2;
-        uint8_t* scales = c.scales + at * groups + col / c.group;
+        uint8_t* scales = c.scales + at * groups + quotient(col, c.group);
         for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)
             scales[g] = uint8_t(Group::choose(c, x + j, c.group));
         for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)

@@ -15,8 +15,7 @@ FM_EACH_TEAM float squared_error(const float* x, int64_t n, const F& difference)
         const float d = difference(x[j]);
         sum += d * d;
     }
-    for (int width = TEAM / 2; width > 0; width /= 2)
-        sum += __shfl_down_sync(team_mask(), sum, width, TEAM);
+    for (int width = TEAM / 2; width > 0; width /= 2) sum += __shfl_down_sync(team_mask(), sum, width, TEAM);
     return __shfl_sync(team_mask(), sum, 0, TEAM);
 }
 #else

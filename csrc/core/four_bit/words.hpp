@@ -65,15 +65,13 @@ FM_TEAM inline void encode_codes(const Coded& c, const WordScale* scale, int64_t
     for (int r = 0; r < 8; ++r)
         for (int64_t i = 8 * team_lane(); i < n && r < rows; i += 8 * TEAM) {
             uint32_t word = 0;
-            for (int b = 0; b < 8; ++b)
-                word |= uint32_t(word_code(x[r * stride + i + b], scale[r])) << 4 * b;
+            for (int b = 0; b < 8; ++b) word |= uint32_t(word_code(x[r * stride + i + b], scale[r])) << 4 * b;
             store_word(c.codes, (col + i) / 8 * c.rows + row + r, word);
         }
 }
 #else
 /// Codes [8, n] of as many rows, n a multiple of 8, to their words.
-inline void store_code_words(const Coded& c, const uint8_t* code, int64_t row, int rows, int64_t col,
-                                   int n) {
+inline void store_code_words(const Coded& c, const uint8_t* code, int64_t row, int rows, int64_t col, int n) {
     if (c.format == Format::Awq) {
         for (int i = 0; i < n; ++i) {
             uint32_t word = 0;
@@ -108,9 +106,9 @@ inline void encode_codes(const Coded& c, const WordScale* scale, int64_t row, in
 
 /// Code n columns, which are one group, of up to 8 rows.
 FM_APART inline void encode_words(const Coded& c, int64_t row, int rows, int64_t col, int64_t n,
-                                 const float* x, int64_t stride) {
+                                  const float* x, int64_t stride) {
     const bool awq = c.format == Format::Awq;
-    const int64_t g = col / group_size(c);
+    const int64_t g = quotient(col, group_size(c));
     WordScale scale[8] = {};
     uint32_t zeros = 0;
     for (int r = 0; r < rows; ++r) {
@@ -124,7 +122,7 @@ FM_APART inline void encode_words(const Coded& c, int64_t row, int rows, int64_t
 }
 
 FM_TEAM inline void encode_word_rows(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                   const float* x, int64_t stride) {
+                                     const float* x, int64_t stride) {
     const int64_t group = group_size(c);
     for (int r = 0; r < rows; r += 8)
         for (int64_t j = 0; j < cols; j += group)
