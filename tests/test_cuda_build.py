@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
+from fastmerge.coding import Format
+
 RECORD = Path(__file__).parent / "golden" / "cuda_build.json"
 TARGETS = (80, 90, 100)
 UNROLLED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -89,10 +91,13 @@ def plain_name(mangled: str) -> str:
     if walk:
         k, width, election = (int(x) for x in walk.groups())
         return f"walk {ELECTIONS[election]} K={k or 'any'} x{width}"
-    arguments = r"(?:I([fd])?(?:Lb([01])E)?(?:N\w*?\d(Dense|Any)LoadE)?)?"
-    name, real, flag, load = re.findall(r"\d+([a-z_]+_kernel)" + arguments, mangled)[-1]
+    coding = re.search(r"walk_coded_kernelILN\w*?6FormatE(\d+)E", mangled)
+    if coding:
+        return f"walk_coded {Format(int(coding.group(1))).name.lower()}"
+    arguments = r"(?:I([fd])?(?:N\w*?\d(Dense|Any)LoadE)?)?"
+    name, real, load = re.findall(r"\d+([a-z_]+_kernel)" + arguments, mangled)[-1]
     words = [name.removesuffix("_kernel"), {"f": "f32", "d": "f64"}.get(real, "")]
-    words += ["coded" if load == "Any" else "", "q4_k" if flag == "1" else ""]
+    words += ["coded" if load == "Any" else ""]
     return " ".join(w for w in words if w)
 
 

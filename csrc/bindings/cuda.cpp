@@ -24,12 +24,12 @@ struct PyResult {
     CodedResult plan;
 
     PyResult(const PyCoded& coded, const PyOperands& in) : plan(cuda::plan_result(coded.view, in.view)) {}
-    int64_t scratch_bytes() const {
-        return int64_t(plan.most_blocks) * plan.units * plan.down * plan.pitch * int64_t(sizeof(float));
-    }
+    int64_t tile_bytes() const { return plan.most_blocks * plan.tile() * int64_t(sizeof(float)); }
+    int64_t scratch_bytes() const { return tile_bytes() + plan.rows * plan.cols * itemsize(plan.type); }
     void place(uintptr_t scratch, uintptr_t residual) {
         if (scratch_bytes() > 0 && !scratch) throw std::invalid_argument("result: no scratch");
         plan.scratch = reinterpret_cast<float*>(scratch);
+        plan.values = reinterpret_cast<void*>(scratch + uintptr_t(tile_bytes()));
         plan.residual = reinterpret_cast<double*>(residual);
     }
 };

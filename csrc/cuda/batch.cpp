@@ -159,8 +159,9 @@ std::vector<Piece>& Batch::pieces_of(const Variant& variant, int n_experts) {
             g.most_experts = std::max(g.most_experts, n_experts);
             return g.pieces;
         }
-    groups_.push_back({variant, n_experts, {}});
-    return groups_.back().pieces;
+    const auto last = std::find_if(groups_.begin(), groups_.end(),
+                                   [](const Group& g) { return g.variant.shared_bytes > 0; });
+    return groups_.insert(variant.shared_bytes > 0 ? groups_.end() : last, {variant, n_experts, {}})->pieces;
 }
 
 void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job) {
@@ -193,21 +194,34 @@ void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t en
     pieces(variant, done, end);
 }
 
-void Batch::cut_tiles(const CodedResult& result, bool f64, int job) {
+void Batch::cut_tiles(const Job& job) {
+    const CodedResult& result = *static_cast<const CodedResult*>(job.out);
+    const int j = int(jobs_.size());
+    jobs_.emplace_back();
+    Job& coding = jobs_.back();
+    coding.in.start = job.in.start, coding.in.n = job.in.n;
+    coding.out = job.out, coding.out_type = job.out_type, coding.bad = job.bad;
     Variant v;
-    v.f64 = f64, v.shared_bytes = result.shared_bytes, v.most_blocks = result.most_blocks;
-    v.deep = result.coded.format == Format::Q4_K;
-    const int64_t tile = int64_t(result.unit_rows) * result.unit_cols * result.units * result.down;
-    const int64_t together = std::max<int64_t>(1, PIECE_ELEMENTS / tile);
+    v.shared_bytes = result.shared_bytes, v.most_blocks = result.most_blocks;
+    v.format = result.coded.format;
+    const int64_t together = std::max<int64_t>(1, PIECE_ELEMENTS / 2 / result.tile());
     for (int64_t a = 0; a < result.tiles; a += together)
-        pieces_of(v, 0).push_back({a, std::min(a + together, result.tiles), job});
+        pieces_of(v, 0).push_back({a, std::min(a + together, result.tiles), j});
 }
 
 void Batch::add(const Job& job, bool f64) {
+    if (job.out_type != DType::Coded || job.in.n == 0) return cut_walk(job, f64);
+    const CodedResult& result = *static_cast<const CodedResult*>(job.out);
+    Job walk = job;
+    walk.out = result.values, walk.out_type = result.type;
+    cut_walk(walk, f64);
+    cut_tiles(job);
+}
+
+void Batch::cut_walk(const Job& job, bool f64) {
     const int j = int(jobs_.size()), k = job.in.n_experts;
     jobs_.push_back(job);
     if (!job.out || job.in.n == 0) return;
-    if (job.out_type == DType::Coded) return cut_tiles(*static_cast<const CodedResult*>(job.out), f64, j);
     if (has_coded(job.in)) {
         Variant any;
         any.f64 = f64, any.coded = true;

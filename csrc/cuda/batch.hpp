@@ -37,10 +37,11 @@ class Batch {
     };
     std::vector<Piece>& pieces_of(const Variant& variant, int n_experts);
     void cut(const Variant& variant, int n_experts, int64_t begin, int64_t end, int job);
-    void cut_tiles(const CodedResult& result, bool f64, int job);
+    void cut_walk(const Job& job, bool f64);
+    void cut_tiles(const Job& job);
 
     std::vector<Job> jobs_;
-    std::vector<Group> groups_;
+    std::vector<Group> groups_;  // what codes results comes last: it reads what others merge
     std::vector<Launch> launches_;
     const Job* device_jobs_ = nullptr;
 };

@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_raw(const float* x, void* p, DType t, int6
 /// kernel's.
 [[maybe_unused]] static __device__ __noinline__ void decode_elements(const Coded& coded, int64_t i, int m,
                                                                      float* out) {
-    decode_few(coded, i, m, out);
+    decode_few(coded.format, coded, i, m, out);
 }
 
 /// Load V whole elements of any type, by wide loads where they are aligned.

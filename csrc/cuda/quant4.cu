@@ -1,5 +1,7 @@
-// Coded tensors: operands are decoded where they are read, results are merged into shared memory and coded
-// from there, tile by tile. What the codes mean is csrc/core/four_bit's, what is merged csrc/core/walk.hpp's.
+// Coded tensors: operands are decoded where they are read; results are merged by whatever walk suits their
+// operands, and coded from there tile by tile. What the codes mean is csrc/core/four_bit's, what is merged
+// csrc/core/walk.hpp's. Coding reads what was merged and writes the codes; to tell what it costs, it reads
+// them once more.
 #include <stdexcept>
 
 #include "cuda/grid.cuh"
@@ -17,12 +19,9 @@ constexpr int WARPS = THREADS / 32;
 
 // ---- merging a few neighbours --------------------------------------------------------------------------
 
-/// Elements that a thread merges at a time: those of one Philox block; of a tile half as many, for coding
-/// needs registers as well.
+/// Elements that a thread merges at a time: those of one Philox block.
 template <class Real>
 constexpr int RUN = sizeof(Real) == 4 ? 8 : 1;
-template <class Real>
-constexpr int TILE_RUN = sizeof(Real) == 4 ? 4 : 1;
 
 /// Whether a run may cross rows.
 __device__ __forceinline__ bool joins_rows(const WalkPlan& plan, int64_t cols, int run) {
@@ -99,7 +98,7 @@ __device__ __forceinline__ void store_part(const Real* merged, void* out, DType 
 }
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, 2)
     walk_any_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
     constexpr int N = RUN<Real>;
     for (int at = int(blockIdx.x); at < n_pieces; at += int(gridDim.x)) {
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(THREADS, 1) walk_peak_kernel(const Job* at, DType type, uint32_t* found) {
+__global__ void __launch_bounds__(THREADS, 2) walk_peak_kernel(const Job* at, DType type, uint32_t* found) {
     constexpr int N = RUN<Real>;
     const Job& job = *at;
     const bool joined = joins_rows(job.plan, job.in.cols, N);
@@ -146,77 +145,124 @@ __global__ void __launch_bounds__(THREADS, 1) walk_peak_kernel(const Job* at, DT
 
 // ---- results that are coded ----------------------------------------------------------------------------
 
-/// A tile: rows and columns of the tensor, and where its elements are in memory, unit by unit.
+/// A tile: rows and columns of the tensor. In memory its rows are `cols` apart.
 struct Window {
     int64_t row, col;
     int32_t rows, cols;
 
     __device__ __forceinline__ Window(const CodedResult& to, int64_t tile) {
         const int64_t high = int64_t(to.unit_rows) * to.down, wide = int64_t(to.unit_cols) * to.units;
-        const int64_t r = tile / to.across * high, c = tile % to.across * wide;
+        const int64_t q = quotient(tile, to.across), r = q * high, c = (tile - q * to.across) * wide;
         row = to.row + r, col = to.col + c;
         rows = int32_t(to.rows - r < high ? to.rows - r : high);
         cols = int32_t(to.cols - c < wide ? to.cols - c : wide);
     }
 };
 
-__device__ __forceinline__ int32_t place_of(const CodedResult& to, int32_t r, int32_t c) {
-    return (r / to.unit_rows * to.units + c / to.unit_cols) * to.pitch + r % to.unit_rows * to.unit_cols +
-           c % to.unit_cols;
-}
-
 /// The runs of a tile, each by one thread: f(row of the tile, column of the tile, index of the chunk, n).
 template <int N, class F>
 __device__ __forceinline__ void visit_tile(const Job& job, const CodedResult& to, const Window& w, F&& f) {
-    const int per_row = int(runs_of<N>(w.cols));
-    for (int q = int(threadIdx.x); q < w.rows * per_row; q += THREADS) {
-        const int r = q / per_row;
+    const uint32_t per_row = uint32_t(runs_of<N>(w.cols));
+    for (uint32_t q = threadIdx.x; q < uint32_t(w.rows) * per_row; q += THREADS) {
+        const int r = int(q / per_row);
         const int64_t begin = (w.row + r) * to.coded.cols + w.col - job.in.start;
-        const Part part = part_of<N>(job.in.start, begin, begin + w.cols, q % per_row);
+        const Part part = part_of<N>(0, begin, begin + w.cols, q % per_row);
         if (part.n > 0) f(r, int32_t(part.first - begin), part.first, part.n);
     }
 }
 
-/// Merge a tile into memory, as the type that is coded; true if there is anything that is not finite.
-template <class Real>
-__device__ __forceinline__ bool merge_tile(const Job& job, const CodedResult& to, const Window& w, float* x) {
-    constexpr int N = TILE_RUN<Real>;
-    const bool joined = joins_rows(job.plan, job.in.cols, N);
+/// Elements of a tile that a thread takes at a time.
+constexpr int TAKEN = 8;
+
+/// Read a tile of what was merged; true if there is anything that is not finite.
+__device__ __forceinline__ bool load_tile(const Job& job, const CodedResult& to, const Window& w, float* x) {
     bool bad = false;
-    visit_tile<N>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
-        Real merged[N];
-        bad |= merge_run<Real, N>(job, joined, i, n, merged);
+    visit_tile<TAKEN>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
+        float* at = x + r * w.cols + c;
+        float value[TAKEN];
+        if (n == TAKEN) {
+            load_elements<float, TAKEN>(to.values, to.type, i, value);
+        } else {
+            FM_UNROLL
+            for (int j = 0; j < TAKEN; ++j)
+                if (j < n) load_run<float>(to.values, to.type, i + j, 1, value + j);
+        }
         FM_UNROLL
-        for (int j = 0; j < N; ++j)
-            if (j < n) {
-                const float value = as_type(to.coded.type, merged[j]);
-                bad |= key_of(value) >= KeyOf<float>::inf;
-                x[place_of(to, r, c + j)] = value;
-            }
+        for (int j = 0; j < TAKEN; ++j) bad |= j < n && key_of(value[j]) >= KeyOf<float>::inf;
+        if (n == TAKEN && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+            FM_UNROLL
+            for (int j = 0; j < TAKEN; j += 4)
+                *reinterpret_cast<float4*>(at + j) =
+                    make_float4(value[j], value[j + 1], value[j + 2], value[j + 3]);
+        } else {
+            FM_UNROLL
+            for (int j = 0; j < TAKEN; ++j)
+                if (j < n) at[j] = value[j];
+        }
     });
     return bad;
 }
 
-/// DEEP: for the format that searches more than registers hold, and for that alone.
-template <bool DEEP>
-static __device__ __noinline__ void encode_unit(const Coded& coded, int64_t row, int rows, int64_t col,
-                                                int64_t cols, const float* x, int64_t stride) {
-    if (DEEP)
-        encode_blocks<BlockQ4_K>(coded, row, rows, col, cols, x, stride);
-    else
-        encode_small_tile(coded, row, rows, col, cols, x, stride);
-}
-
-template <bool DEEP>
+/// Units by teams; those of Q4_K have eight lanes, a sub-block for each.
+template <Format FORMAT>
 __device__ __forceinline__ void encode_units(const CodedResult& to, const Window& w, const float* x) {
+    constexpr int LANES_OF_UNIT = FORMAT == Format::Q4_K ? BlockQ4_K::subs : TEAM;
     const int wide = (w.cols + to.unit_cols - 1) / to.unit_cols,
               high = (w.rows + to.unit_rows - 1) / to.unit_rows;
-    for (int u = int(threadIdx.x); u < wide * high; u += THREADS) {
+    for (int u = int(threadIdx.x) / LANES_OF_UNIT; u < wide * high; u += THREADS / LANES_OF_UNIT) {
         const int32_t r = u / wide * to.unit_rows, c = u % wide * to.unit_cols;
-        encode_unit<DEEP>(to.coded, w.row + r, w.rows - r < to.unit_rows ? w.rows - r : to.unit_rows,
-                          w.col + c, w.cols - c < to.unit_cols ? w.cols - c : to.unit_cols,
-                          x + place_of(to, r, c), to.unit_cols);
+        const int rows = w.rows - r < to.unit_rows ? w.rows - r : to.unit_rows;
+        const int32_t cols = w.cols - c < to.unit_cols ? w.cols - c : to.unit_cols;
+        encode_tile(FORMAT, to.coded, w.row + r, rows, w.col + c, cols, x + r * w.cols + c, w.cols);
     }
+}
+
+/// FP8, whose units may be of any size: all threads look for their largest magnitudes, then all code.
+/// scale: [THREADS], of the tile's units.
+__device__ __forceinline__ void encode_fp8_units(const Job& job, const CodedResult& to, const Window& w,
+                                                 const float* x, uint32_t* scale) {
+    const Coded& coded = to.coded;
+    const int wide = (w.cols + to.unit_cols - 1) / to.unit_cols,
+              high = (w.rows + to.unit_rows - 1) / to.unit_rows;
+    const auto unit_at = [&](int32_t r, int32_t c) { return r / to.unit_rows * wide + c / to.unit_cols; };
+    const bool given = coded.group_rows == 0;
+    if (!given) {
+        scale[threadIdx.x] = 0;
+        __syncthreads();
+        visit_tile<TAKEN>(job, to, w, [&](int32_t r, int32_t c, int64_t, int n) {
+            for (int j = 0; j < n;) {  // what of a run is in one unit
+                const int left = to.unit_cols - (c + j) % to.unit_cols, end = left < n - j ? j + left : n;
+                uint32_t* const found = scale + unit_at(r, c + j);
+                uint32_t peak = 0;
+                for (; j < end; ++j) {
+                    const uint32_t key = key_of(x[r * w.cols + c + j]);
+                    peak = key > peak ? key : peak;
+                }
+                atomicMax(found, peak);
+            }
+        });
+        __syncthreads();
+        for (int u = int(threadIdx.x); u < wide * high; u += THREADS) {
+            const int64_t row = stored_row(coded, w.row + u / wide * to.unit_rows);
+            const int64_t at = fp8_scale_at(coded, row, w.col + u % wide * to.unit_cols);
+            const float peak = bit_cast<float>(scale[u]);
+            scale[u] =
+                bit_cast<uint32_t>(store_scale(coded.scales, coded.scale_type, at, fp8_scale_of(peak)));
+        }
+        __syncthreads();
+    }
+    const float of_all = given ? load_scale(coded.scales, coded.scale_type, 0) : 0.f;
+    visit_tile<TAKEN>(job, to, w, [&](int32_t r, int32_t c, int64_t, int n) {
+        uint8_t* codes = coded.codes + stored_row(coded, w.row + r) * coded.cols + w.col + c;
+        const bool same = given || c % to.unit_cols + n <= to.unit_cols;
+        float s = given ? of_all : bit_cast<float>(scale[unit_at(r, c)]);
+        FM_UNROLL
+        for (int j = 0; j < TAKEN; ++j)
+            if (j < n) {
+                if (!same) s = bit_cast<float>(scale[unit_at(r, c + j)]);
+                codes[j] = uint8_t(float_to_e4m3(x[r * w.cols + c + j] / s));
+            }
+    });
 }
 
 /// Sums over the block, each thread's first; the sums are the first thread's. shared: [2 * WARPS].
@@ -232,17 +278,17 @@ __device__ __forceinline__ void sum_block(double& a, double& b, double* shared) 
 }
 
 /// What coding has cost a tile: squared errors, and squares. Always in the same order.
+template <Format FORMAT>
 __device__ __forceinline__ void measure_tile(const Job& job, const CodedResult& to, const Window& w,
                                              const float* x, double* shared, double* residual) {
-    constexpr int N = TILE_RUN<float>;
     double errors = 0, squares = 0;
-    visit_tile<N>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
-        float decoded[N];
-        decode_elements(to.coded, i, n, decoded);
+    visit_tile<TAKEN>(job, to, w, [&](int32_t r, int32_t c, int64_t i, int n) {
+        float decoded[TAKEN];
+        decode_few(FORMAT, to.coded, i, n, decoded);
         FM_UNROLL
-        for (int j = 0; j < N; ++j)
+        for (int j = 0; j < TAKEN; ++j)
             if (j < n) {
-                const double value = x[place_of(to, r, c + j)], e = double(decoded[j]) - value;
+                const double value = x[r * w.cols + c + j], e = double(decoded[j]) - value;
                 errors += e * e, squares += value * value;
             }
     });
@@ -250,41 +296,79 @@ __device__ __forceinline__ void measure_tile(const Job& job, const CodedResult& 
     if (threadIdx.x == 0) residual[0] = errors, residual[1] = squares;
 }
 
-template <bool DEEP>
-__global__ void __launch_bounds__(THREADS, 1)
-    walk_coded_kernel(const Job* jobs, const Piece* pieces, int n_pieces, bool f64) {
-    FM_SHARED(double, sums);  // [2 * WARPS], then the tile if it fits
+/// A block's shared memory, before the tile if that fits.
+struct Shared {
+    double sums[2 * WARPS];
+    uint32_t scale[THREADS];
+};
+
+/// Each format has a kernel of its own, with no more registers than it needs.
+template <Format FORMAT>
+__global__ void __launch_bounds__(THREADS, FORMAT == Format::Q4_K ? 2 : 3)
+    walk_coded_kernel(const Job* jobs, const Piece* pieces, int n_pieces) {
+    FM_SHARED(Shared, shared);
     for (int at = int(blockIdx.x); at < n_pieces; at += int(gridDim.x)) {
         const Piece piece = pieces[at];
         const Job& job = jobs[piece.job];
         const CodedResult& to = *static_cast<const CodedResult*>(job.out);
-        const int64_t floats = int64_t(to.units) * to.down * to.pitch;
-        float* x = to.scratch ? to.scratch + blockIdx.x * floats : reinterpret_cast<float*>(sums + 2 * WARPS);
+        float* x =
+            to.most_blocks ? to.scratch + blockIdx.x * to.tile() : reinterpret_cast<float*>(shared + 1);
         for (int64_t tile = piece.begin; tile < piece.end; ++tile) {
             const Window w(to, tile);
-            const bool bad = f64 ? merge_tile<double>(job, to, w, x) : merge_tile<float>(job, to, w, x);
-            if (__syncthreads_or(bad)) {
+            if (__syncthreads_or(load_tile(job, to, w, x))) {
                 if (threadIdx.x == 0) atomicOr(job.bad, 1);
                 continue;
             }
-            encode_units<DEEP>(to, w, x);
+            if (FORMAT == Format::Fp8)
+                encode_fp8_units(job, to, w, x, shared->scale);
+            else
+                encode_units<FORMAT>(to, w, x);
             __syncthreads();  // codes are read, or the tile overwritten, by others
             if (to.residual) {
-                measure_tile(job, to, w, x, sums, to.residual + 2 * tile);
+                measure_tile<FORMAT>(job, to, w, x, shared->sums, to.residual + 2 * tile);
                 __syncthreads();
             }
         }
     }
 }
 
+using CodingKernel = void (*)(const Job*, const Piece*, int);
+
+CodingKernel coding_kernel(Format format) {
+    switch (format) {
+#define FM_CODING(FORMAT) \
+    case Format::FORMAT:  \
+        return walk_coded_kernel<Format::FORMAT>;
+        FM_CODING(Dense)
+        FM_CODING(BnbNf4)
+        FM_CODING(BnbFp4)
+        FM_CODING(Int4)
+        FM_CODING(Nvfp4)
+        FM_CODING(Mxfp4)
+        FM_CODING(Gptq)
+        FM_CODING(Awq)
+        FM_CODING(Q4_0)
+        FM_CODING(Q4_1)
+        FM_CODING(Q8_0)
+        FM_CODING(Q4_K)
+        FM_CODING(GgufMxfp4)
+        FM_CODING(Fp8)
+#undef FM_CODING
+        default:
+            return nullptr;
+    }
+}
+
 // ---- how results are cut -------------------------------------------------------------------------------
 
-constexpr int64_t SUMS_BYTES = 2 * WARPS * int64_t(sizeof(double));
+constexpr int64_t HEAD_BYTES = sizeof(Shared);
 constexpr int64_t MOST_SHARED = 96 << 10;     // what every device has
 constexpr int64_t MOST_SCRATCH = 64ll << 20;  // of one result
-constexpr int64_t LEAST_UNIT = 32;            // elements that are worth a thread
+constexpr int64_t LEAST_UNIT = 32;            // elements that are worth a team
+constexpr int64_t ENOUGH = 8192;              // elements of a tile: it need not be larger,
+constexpr int64_t TEAMS = 16;                 // but to have a unit for each
 
-/// The smallest unit that is worth a thread, as rows and columns.
+/// The smallest unit that is worth a team, as rows and columns.
 Tile unit_of(const Coded& coded, int64_t rows, int64_t cols) {
     Tile unit = tile_of(coded);
     if (unit.cols == 0) unit.cols = cols;
@@ -309,17 +393,19 @@ CodedResult plan_result(const Coded& coded, const Operands& in) {
     to.row = flat ? 0 : in.start / to.cols, to.col = flat ? in.start : 0;
     const Tile each = unit_of(coded, to.rows, to.cols);
     to.unit_rows = int32_t(each.rows), to.unit_cols = int32_t(each.cols);
-    const int64_t pitch = each.rows * each.cols | 1;  // odd: neighbouring threads read from different banks
-    const int64_t fit = (int64_t(default_shared_bytes) - SUMS_BYTES) / 4 / pitch;  // units
-    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit, THREADS));
-    to.pitch = int32_t(pitch);
-    to.units = int32_t(std::min(most, divide_up(to.cols, each.cols)));
+    const int64_t floats = each.rows * each.cols, fit = (int64_t(default_shared_bytes) - HEAD_BYTES) / 4;
+    const int64_t wanted = std::min<int64_t>(std::max(TEAMS, ENOUGH / floats), THREADS);
+    const int64_t most = std::max<int64_t>(1, std::min(wanted, fit / floats));
+    const int64_t of_row = divide_up(to.cols, each.cols);
+    to.across = divide_up(of_row, most);
+    to.units = int32_t(divide_up(of_row, to.across));
+    to.across = divide_up(of_row, to.units);
     to.down = int32_t(std::min(most / to.units, divide_up(to.rows, each.rows)));
-    to.across = divide_up(to.cols, each.cols * to.units);
     to.tiles = to.across * divide_up(to.rows, each.rows * to.down);
-    const int64_t tile_bytes = pitch * to.units * to.down * 4;
-    const bool fits = SUMS_BYTES + tile_bytes <= MOST_SHARED;
-    to.shared_bytes = int32_t(SUMS_BYTES + (fits ? tile_bytes : 0));
+    to.type = coded.type == DType::F16 || coded.type == DType::BF16 ? coded.type : DType::F32;
+    const int64_t tile_bytes = to.tile() * 4;
+    const bool fits = HEAD_BYTES + tile_bytes <= MOST_SHARED;
+    to.shared_bytes = int32_t(HEAD_BYTES + (fits ? tile_bytes : 0));
     if (!fits) to.most_blocks = int32_t(std::max<int64_t>(1, std::min(to.tiles, MOST_SCRATCH / tile_bytes)));
     return to;
 }
@@ -332,13 +418,14 @@ cudaError_t run_walks_any(const Batch::Launch& l, const Job* jobs, cudaStream_t 
 
 cudaError_t run_walks_coded(const Batch::Launch& l, const Job* jobs, cudaStream_t stream) {
     const Variant& v = l.variant;
-    const auto kernel = v.deep ? walk_coded_kernel<true> : walk_coded_kernel<false>;
+    const auto kernel = coding_kernel(v.format);
+    if (!kernel) return cudaErrorInvalidValue;
     const int64_t wanted = v.most_blocks ? std::min(v.most_blocks, l.n_pieces) : l.n_pieces;
     const size_t shared = size_t(v.shared_bytes);
     const cudaError_t status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     return launch(kernel, dim3(resident_blocks(kernel, wanted, shared)), dim3(THREADS), shared, stream, jobs,
-                  l.pieces, l.n_pieces, v.f64);
+                  l.pieces, l.n_pieces);
 }
 
 cudaError_t walk_peak(const Job* job, const Operands& in, bool f64, DType type, uint32_t* found,

@@ -147,7 +147,7 @@ FM_HD inline BnbScale bnb_scale(float peak, bool is_short, bool cuda_rule) {
 
 /// What is stored as a block's largest magnitude: that, or the best of 26 factors of it, 0.60 to 1.10.
 template <class Book, bool CUDA_RULE>
-FM_HD inline float bnb_peak(const Coded& c, const float* x, int n) {
+FM_TEAM inline float bnb_peak(const Coded& c, const float* x, int n) {
     const float peak = peak_of(x, n);
     if (!c.search) return peak;
     return peak * best_clip(30, 55, 50, [&](float clip) {
@@ -161,7 +161,7 @@ FM_HD inline float bnb_peak(const Coded& c, const float* x, int n) {
 }
 
 template <class Book, bool CUDA_RULE>
-FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
+FM_TEAM inline void encode_bnb_block(const Coded& c, int64_t block, const float* x, int n) {
     const float peak = bnb_peak<Book, CUDA_RULE>(c, x, n);
     const BnbScale s = bnb_scale(peak, n < c.group, CUDA_RULE);
     store_scale(c.scales, ScaleType::F32, block, s.divide ? s.divisor : peak);
@@ -179,8 +179,8 @@ FM_HD inline void encode_bnb_block(const Coded& c, int64_t block, const float* x
 
 /// Code flat elements [first, first + n); `first` begins a block.
 template <class Book, bool CUDA_RULE>
-FM_HD inline void encode_bnb(const Coded& c, int64_t first, int64_t n, const float* x) {
-    int64_t block = (first - c.origin) / c.group;
+FM_TEAM inline void encode_bnb(const Coded& c, int64_t first, int64_t n, const float* x) {
+    int64_t block = quotient(first - c.origin, c.group);
     for (int64_t i = 0; i < n; i += c.group, ++block)
         encode_bnb_block<Book, CUDA_RULE>(c, block, x + i, int(n - i < c.group ? n - i : c.group));
 }

@@ -3,6 +3,8 @@
 // V is float or Floats, its integers int32_t or Ints. Every operation is rounded once and is the same in
 // each.
 #pragma once
+#include <cmath>
+
 #include "core/four_bit/format.hpp"
 #if !defined(FM_GPU)
 #define FM_LANES 1
@@ -16,6 +18,18 @@
 #else
 #define FM_EACH __attribute__((always_inline)) inline
 #define FM_EACH_LAMBDA __attribute__((always_inline))
+#endif
+
+// Coding is the work of one thread on the host; on a GPU, of a team, whose lanes all run through it and share
+// out the elements. FM_APART: what takes many registers, none of them its caller's.
+#if defined(FM_GPU) && defined(__CUDACC__)
+#define FM_TEAM __device__
+#define FM_EACH_TEAM __device__ __forceinline__
+#define FM_APART __device__ __noinline__
+#else
+#define FM_TEAM
+#define FM_EACH_TEAM FM_EACH
+#define FM_APART
 #endif
 
 namespace fastmerge {
@@ -43,6 +57,9 @@ FM_EACH float smaller(float a, float b) {
 }
 FM_EACH int32_t larger(int32_t a, int32_t b) {
     return a > b ? a : b;
+}
+FM_EACH float root_of(float x) {
+    return sqrtf(x);
 }
 /// v > t ? yes : no
 FM_EACH float if_above(float v, float t, float yes, float no) {
@@ -92,6 +109,10 @@ FM_EACH Floats larger(Floats a, float b) {
 FM_EACH Floats smaller(Floats a, float b) {
     return smaller(a, spread(b));
 }
+FM_EACH Floats root_of(Floats x) {
+    for (int j = 0; j < LANES; ++j) x[j] = sqrtf(x[j]);
+    return x;
+}
 template <class T, class Yes, class No>
 FM_EACH Floats if_above(Floats v, T t, Yes yes, No no) {
     return where(below(spread(t), v), spread(yes), spread(no));
@@ -127,19 +148,28 @@ FM_EACH Floats rounded_to(Floats x) {
 }
 #endif
 
-// ---- over both
-// ---------------------------------------------------------------------------------------------
+// ---- over both -----------------------------------------------------------------------------------------
 
 /// NaN becomes `low`.
 template <class V>
 FM_EACH V clamped(V x, float low, float high) {
+#if defined(__CUDA_ARCH__)
+    return fminf(fmaxf(x, low), high);  // the same, an instruction each
+#else
     return smaller(larger(x, low), high);
+#endif
 }
 
 /// The nearest integer, halves to even. |x| < 2^22: the sum has no bits below one.
 template <class V>
 FM_EACH auto nearest_int(V x) {
     return as_int(x + 12582912.f) - 0x4b400000;
+}
+
+/// The same as V.
+template <class V>
+FM_EACH V nearest_whole(V x) {
+    return (x + 12582912.f) - 12582912.f;
 }
 
 FM_EACH int32_t magnitude_bits(float x) {
@@ -152,11 +182,41 @@ FM_EACH I ordered(I bits) {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// ---- over a group's elements
-// -------------------------------------------------------------------------------
+// ---- teams ---------------------------------------------------------------------------------------------
+
+#if defined(FM_GPU)
+/// Lanes of a team: neighbours in a warp, as many as squared_error has running sums. What they find together
+/// each of them knows.
+constexpr int TEAM = 16;
+
+FM_TEAM inline int team_lane() {
+    return int(threadIdx.x % TEAM);
+}
+template <int SIZE = TEAM>
+FM_TEAM inline uint32_t team_mask() {
+    return ((1u << SIZE) - 1) << (threadIdx.x % 32 / SIZE * SIZE);
+}
+FM_TEAM inline int32_t largest_of_team(int32_t x) {
+    FM_UNROLL
+    for (int distance = TEAM / 2; distance > 0; distance /= 2)
+        x = larger(x, __shfl_xor_sync(team_mask(), x, distance, TEAM));
+    return x;
+}
+#else
+constexpr int TEAM = 1;
+
+inline int team_lane() {
+    return 0;
+}
+inline int32_t largest_of_team(int32_t x) {
+    return x;
+}
+#endif
+
+// ---- over a group's elements ---------------------------------------------------------------------------
 
 /// Largest magnitude of n elements.
-FM_HD inline float peak_of(const float* x, int64_t n) {
+FM_TEAM inline float peak_of(const float* x, int64_t n) {
     int32_t peak = 0;
     int64_t j = 0;
 #if defined(FM_LANES)
@@ -164,8 +224,8 @@ FM_HD inline float peak_of(const float* x, int64_t n) {
     for (; j + LANES <= n; j += LANES) most = larger(most, Ints(absolute(read<Floats>(x + j))));
     peak = largest_lane(most);
 #endif
-    for (; j < n; ++j) peak = larger(peak, magnitude_bits(x[j]));
-    return as_float(peak);
+    for (j += team_lane(); j < n; j += TEAM) peak = larger(peak, magnitude_bits(x[j]));
+    return as_float(largest_of_team(peak));
 }
 
 struct Range {
@@ -173,7 +233,7 @@ struct Range {
 };
 
 /// Least and largest of n elements, n > 0.
-FM_HD inline Range range_of(const float* x, int64_t n) {
+FM_TEAM inline Range range_of(const float* x, int64_t n) {
     int32_t low = ~ordered(as_int(x[0])), high = ~low;  // of ~key the largest is the least key's
     int64_t j = 0;
 #if defined(FM_LANES)
@@ -184,15 +244,15 @@ FM_HD inline Range range_of(const float* x, int64_t n) {
     }
     low = largest_lane(lows), high = largest_lane(highs);
 #endif
-    for (int64_t left = n - j; left > 0; --left) {
-        const int32_t key = ordered(as_int(x[n - left]));
+    for (j += team_lane(); j < n; j += TEAM) {
+        const int32_t key = ordered(as_int(x[j]));
         low = larger(low, ~key), high = larger(high, key);
     }
-    return {as_float(ordered(~low)), as_float(ordered(high))};
+    return {as_float(ordered(~largest_of_team(low))), as_float(ordered(largest_of_team(high)))};
 }
 
 /// The same, with 0 among the elements.
-FM_HD inline Range range_with_zero(const float* x, int64_t n) {
+FM_TEAM inline Range range_with_zero(const float* x, int64_t n) {
     const Range r = range_of(x, n);
     return {r.low < 0 ? r.low : 0.f, r.high > 0 ? r.high : 0.f};
 }
@@ -209,22 +269,22 @@ FM_EACH Codes codes_of(const float* x, const Coder& code) {
 
 /// code(x[j]) of n elements, a byte each.
 template <class Coder>
-FM_EACH void encode_bytes(const float* x, int64_t n, const Coder& code, uint8_t* bytes) {
+FM_EACH_TEAM void encode_bytes(const float* x, int64_t n, const Coder& code, uint8_t* bytes) {
     int64_t j = 0;
 #if defined(FM_LANES)
     for (; j + 16 <= n; j += 16) store_codes(codes_of(x + j, code), bytes + j);
 #endif
-    for (; j < n; ++j) bytes[j] = uint8_t(code(x[j]));
+    for (j += team_lane(); j < n; j += TEAM) bytes[j] = uint8_t(code(x[j]));
 }
 
 /// Two neighbours a byte; of an odd count the last nibble is `rest`.
 template <bool HIGH_FIRST, class Coder>
-FM_EACH void encode_pairs(const float* x, int64_t n, const Coder& code, int rest, uint8_t* bytes) {
+FM_EACH_TEAM void encode_pairs(const float* x, int64_t n, const Coder& code, int rest, uint8_t* bytes) {
     int64_t j = 0;
 #if defined(FM_LANES)
     for (; j + 16 <= n; j += 16) store_pairs<HIGH_FIRST>(codes_of(x + j, code), bytes + j / 2);
 #endif
-    for (; j < n; j += 2) {
+    for (j += 2 * team_lane(); j < n; j += 2 * TEAM) {
         const int a = code(x[j]), b = j + 1 < n ? code(x[j + 1]) : rest;
         bytes[j / 2] = uint8_t(HIGH_FIRST ? a << 4 | b : a | b << 4);
     }
@@ -232,11 +292,11 @@ FM_EACH void encode_pairs(const float* x, int64_t n, const Coder& code, int rest
 
 /// Of 32: element j in the low nibble of byte j, element j + 16 in the high one.
 template <class Coder>
-FM_EACH void encode_halves(const float* x, const Coder& code, uint8_t* bytes) {
+FM_EACH_TEAM void encode_halves(const float* x, const Coder& code, uint8_t* bytes) {
 #if defined(FM_LANES)
     store_halves(codes_of(x, code), codes_of(x + 16, code), bytes);
 #else
-    for (int j = 0; j < 16; ++j) bytes[j] = uint8_t(code(x[j]) | code(x[j + 16]) << 4);
+    for (int j = team_lane(); j < 16; j += TEAM) bytes[j] = uint8_t(code(x[j]) | code(x[j + 16]) << 4);
 #endif
 }
 

@@ -52,18 +52,24 @@ FM_HD inline Tile tile_of(const Coded& c) {
     }
 }
 
-FM_HD inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                               const float* x, int64_t stride) {
+FM_TEAM inline void encode_dense(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                 const float* x, int64_t stride) {
     for (int r = 0; r < rows; ++r) {
         const int64_t first = stored_row(c, row + r) * c.cols + col;
+#if defined(FM_GPU)
+        for (int64_t j = team_lane(); j < cols; j += TEAM)
+            store_run(x + r * stride + j, c.codes, c.type, first + j, 1);
+#else
         store_run(x + r * stride, c.codes, c.type, first, int(cols));
+#endif
     }
 }
 
-/// As encode_tile, of all formats but Q4_K, whose search takes far more room.
-FM_HD inline void encode_small_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                    const float* x, int64_t stride) {
-    switch (c.format) {
+/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
+/// begins a block. stride: elements between rows of x. format: c's, a constant where that is known.
+FM_EACH_TEAM void encode_tile(Format format, const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                              const float* x, int64_t stride) {
+    switch (format) {
         case Format::Dense:
             return encode_dense(c, row, rows, col, cols, x, stride);
         case Format::BnbNf4:
@@ -87,22 +93,25 @@ FM_HD inline void encode_small_tile(const Coded& c, int64_t row, int rows, int64
             return encode_blocks<BlockQ4_1>(c, row, rows, col, cols, x, stride);
         case Format::Q8_0:
             return encode_blocks<BlockQ8_0>(c, row, rows, col, cols, x, stride);
+        case Format::Q4_K:
+            return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
         case Format::GgufMxfp4:
             return encode_blocks<BlockMxfp4>(c, row, rows, col, cols, x, stride);
+#if !defined(FM_GPU)
         case Format::Fp8:
             return encode_fp8(c, row, rows, col, cols, x, stride);
+#endif
         default:
             return;
     }
 }
 
-/// Code x into rows [row, row + rows), columns [col, col + cols). bitsandbytes: row 0, col a flat index that
-/// begins a block. stride: elements between rows of x.
-FM_HD inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
-    if (c.format == Format::Q4_K) return encode_blocks<BlockQ4_K>(c, row, rows, col, cols, x, stride);
-    encode_small_tile(c, row, rows, col, cols, x, stride);
+#if !defined(FM_GPU)
+inline void encode_tile(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                        int64_t stride) {
+    encode_tile(c.format, c, row, rows, col, cols, x, stride);
 }
+#endif
 
 /// The scale of a whole tensor whose largest magnitude is `peak`.
 FM_HD inline float tensor_scale_of(const Coded& c, float peak) {

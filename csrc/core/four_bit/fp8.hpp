@@ -7,7 +7,8 @@ namespace FM_ISA {
 
 /// Index of the scale of a stored row and a column.
 FM_HD inline int64_t fp8_scale_at(const Coded& c, int64_t row, int64_t col) {
-    return c.group_rows == 0 ? 0 : row / c.group_rows * groups_of_row(c) + col / group_size(c);
+    return c.group_rows == 0 ? 0
+                             : quotient(row, c.group_rows) * groups_of_row(c) + quotient(col, group_size(c));
 }
 
 /// Columns [col, col + m) of a stored row.
@@ -31,9 +32,10 @@ FM_HD inline float fp8_scale_of(float peak) {
     return peak > 0 ? peak / 448.f : 1.f;
 }
 
+#if !defined(FM_GPU)  // csrc/cuda/quant4.cu has its own loops: a scale may be of more than a team can code
 /// Code rows x cols that share the scale number `at`; of the whole tensor's it is given.
-FM_HD inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                   const float* x, int64_t stride) {
+inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                             int64_t stride) {
     const int64_t at = fp8_scale_at(c, stored_row(c, row), col);
     float scale;
     if (c.group_rows == 0) {
@@ -52,8 +54,8 @@ FM_HD inline void encode_fp8_block(const Coded& c, int64_t row, int rows, int64_
     }
 }
 
-FM_HD inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
-                             int64_t stride) {
+inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols, const float* x,
+                       int64_t stride) {
     const int64_t group = c.group_rows ? group_size(c) : cols;
     const int together = c.group_rows > 1 ? c.group_rows : 1;
     for (int r = 0; r < rows; r += together)
@@ -61,6 +63,7 @@ FM_HD inline void encode_fp8(const Coded& c, int64_t row, int rows, int64_t col,
             encode_fp8_block(c, row + r, rows - r < together ? rows - r : together, col + j,
                              cols - j < group ? cols - j : group, x + r * stride + j, stride);
 }
+#endif
 
 }  // namespace FM_ISA
 }  // namespace fastmerge

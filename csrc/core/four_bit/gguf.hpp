@@ -10,7 +10,7 @@ FM_HD inline float reciprocal_or_zero(float d) {
 }
 
 /// The element of the largest magnitude, the first of equals, of 32; +0 if all are zero.
-FM_HD inline float signed_peak(const float* x) {
+FM_TEAM inline float signed_peak(const float* x) {
     const Range r = range_of(x, 32);
     const float peak = larger(-r.low, r.high);
     if (-r.low != r.high) return r.high == peak ? peak : -peak;
@@ -26,7 +26,7 @@ struct BlockQ4_0 {
     FM_EACH static auto code(V scaled) {
         return truncated(clamped(scaled + 8.5f, 0.f, 15.f));
     }
-    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+    FM_TEAM static void encode(const Coded& c, const float* x, uint8_t* p) {
         const float peak = signed_peak(x);
         float d = peak / -8.f;
         if (c.search) {
@@ -57,7 +57,7 @@ struct BlockQ4_1 {
         return truncated(clamped(scaled + 0.5f, 0.f, 15.f));
     }
     /// A least value of zero has the sign of the first zero, as a sequential search finds it.
-    FM_HD static Range range(const float* x) {
+    FM_TEAM static Range range(const float* x) {
         Range r = range_of(x, 32);
         for (int j = 31; j >= 0 && r.low == 0; --j) r.low = x[j] == 0 ? x[j] : r.low;
         return r;
@@ -66,7 +66,7 @@ struct BlockQ4_1 {
     FM_HD static float low_of(float low, float step, float clip) {
         return clip < 1.f ? low + step * (1.f - clip) * 7.5f : low;
     }
-    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+    FM_TEAM static void encode(const Coded& c, const float* x, uint8_t* p) {
         const Range all = range(x);
         float low = all.low, d = (all.high - all.low) / 15.f;
         if (c.search) {
@@ -101,10 +101,11 @@ struct BlockQ8_0 {
         const float rest = x - float(r);
         return r + ((rest == 0.5f) & (x > 0)) - ((rest == -0.5f) & (x < 0));
     }
-    FM_HD static void encode(const Coded&, const float* x, uint8_t* p) {
+    FM_TEAM static void encode(const Coded&, const float* x, uint8_t* p) {
         const float d = peak_of(x, 32) / 127.f, r = reciprocal_or_zero(d);
         store_half_word(p, float_to_half(d));
-        for (int j = 0; j < 32; ++j) p[2 + j] = uint8_t(rounded(clamped(x[j] * r, -127.f, 127.f)));
+        for (int j = team_lane(); j < 32; j += TEAM)
+            p[2 + j] = uint8_t(rounded(clamped(x[j] * r, -127.f, 127.f)));
     }
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p));
@@ -115,7 +116,7 @@ struct BlockQ8_0 {
 struct BlockMxfp4 {
     static constexpr int elements = 32, bytes = 17;
 
-    FM_HD static void encode(const Coded& c, const float* x, uint8_t* p) {
+    FM_TEAM static void encode(const Coded& c, const float* x, uint8_t* p) {
         const int e = mx_exponent_of<true>(x, 32, true, c.search);
         const float reciprocal = mx_reciprocal(e);
         *p = uint8_t(e);
@@ -143,8 +144,8 @@ struct BlockNvfp4 {
 
 /// Code rows of whole blocks.
 template <class Block>
-FM_HD inline void encode_blocks(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                const float* x, int64_t stride) {
+FM_TEAM inline void encode_blocks(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                  const float* x, int64_t stride) {
     const int64_t blocks = c.cols / Block::elements;
     for (int r = 0; r < rows; ++r) {
         uint8_t* p = c.codes + (stored_row(c, row + r) * blocks + col / Block::elements) * Block::bytes;

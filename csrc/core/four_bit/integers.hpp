@@ -38,7 +38,7 @@ FM_EACH auto int4_code(V x, Affine a) {
 
 /// Scale and zero of n values, by their range or by the best of 13 parts of it.
 template <DType T, DType CODES>
-FM_HD inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) {
+FM_TEAM inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) {
     const Range r = c.symmetric ? Range{0, peak_of(x, n)} : range_with_zero(x, n);
     const auto affine = [&](float clip) {
         return int4_affine<T>({rounded_to<T>(r.low * clip), rounded_to<T>(r.high * clip)}, c.symmetric);
@@ -53,11 +53,11 @@ FM_HD inline Affine int4_affine_of(const Coded& c, const float* x, int64_t n) {
 }
 
 template <DType T, DType CODES>
-FM_HD inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
+FM_APART inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                 const float* x, int64_t stride) {
     const int64_t group = group_size(c), groups = groups_of_row(c), row_bytes = (c.cols + 7) / 8 * 4;
     for (int64_t j = 0; j < cols; j += group) {
-        const int64_t n = cols - j < group ? cols - j : group, g = (col + j) / group;
+        const int64_t n = cols - j < group ? cols - j : group, g = quotient(col + j, group);
         uint32_t zeros = 0;
         for (int r = 0; r < rows; ++r) {
             const int64_t at = stored_row(c, row + r);
@@ -75,8 +75,8 @@ FM_HD inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col
     }
 }
 
-FM_HD inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                              const float* x, int64_t stride) {
+FM_TEAM inline void encode_int4(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                const float* x, int64_t stride) {
     if (c.type == DType::BF16 && c.other_rule)
         encode_int4<DType::BF16, DType::F32>(c, row, rows, col, cols, x, stride);
     else if (c.type == DType::BF16)

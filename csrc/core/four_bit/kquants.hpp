@@ -3,8 +3,6 @@
 // A sub-block's sums are sequential in the definition, but sub-blocks do not depend on each other: on the
 // host as many as a register has lanes run side by side, which changes no bit.
 #pragma once
-#include <cmath>
-
 #include "core/four_bit/gguf.hpp"
 
 namespace fastmerge {
@@ -12,57 +10,58 @@ namespace FM_ISA {
 
 constexpr int SUB = 32;  // elements of a sub-block
 
-/// Sub-blocks, one or a lane each, and the best fit so far: x ~ scale * code + low.
+/// Sub-blocks, one or a lane each, and the best fit so far: x ~ scale * code + low. Codes are not kept but
+/// made where they are needed, from the grid that they are on: inverse * (x - from).
 template <class V>
 struct SubBlocks {
-    using Int = decltype(as_int(V{}));
-    V x[SUB], weight[SUB];
+    V x[SUB], root_mean_square;
     V sum_weight, sum_x;  // of weight, and of weight * x
     V low, high, scale, error;
-    Int code[SUB];
+    V inverse, from;
+
+    FM_EACH V weight(int i) const { return root_mean_square + absolute(x[i]); }
 };
 
-/// Weights of elements, their sums and the range of each sub-block, which holds 0.
+/// The code of x, a whole number.
 template <class V>
-FM_HD inline void measure_subs(SubBlocks<V>& b, V root_mean_square) {
+FM_EACH V code_on(V x, V inverse, V from) {
+    return nearest_whole(clamped(inverse * (x - from), 0.f, 15.f));
+}
+
+/// Sums of weights and the range of each sub-block, which holds 0.
+template <class V>
+FM_HD inline void measure_subs(SubBlocks<V>& b) {
     b.low = b.high = b.x[0];
     b.sum_weight = b.sum_x = V{};
-    FM_ROLLED
+    FM_UNROLL
     for (int i = 0; i < SUB; ++i) {
-        const V x = b.x[i], w = root_mean_square + absolute(x);
-        b.weight[i] = w;
+        const V x = b.x[i], w = b.weight(i);
         b.sum_weight += w, b.sum_x += w * x;
         b.low = smaller(x, b.low), b.high = larger(x, b.high);
     }
     b.low = smaller(b.low, V{});
 }
 
-/// Codes of all elements on a grid that begins at `low`.
-template <class V, class Int>
-FM_HD inline void code_subs(const SubBlocks<V>& b, V inverse, Int* code) {
-    FM_ROLLED
-    for (int i = 0; i < SUB; ++i) code[i] = nearest_int(clamped(inverse * (b.x[i] - b.low), 0.f, 15.f));
-}
-
 /// Weighted squared error of scale * code + low.
-template <class V, class Int>
-FM_HD inline V error_of_subs(const SubBlocks<V>& b, const Int* code, V scale, V low) {
+template <class V>
+FM_HD inline V error_of_subs(const SubBlocks<V>& b, V inverse, V from, V scale, V low) {
     V error{};
-    FM_ROLLED
+    FM_UNROLL
     for (int i = 0; i < SUB; ++i) {
-        const V d = scale * to_float(code[i]) + low - b.x[i];
-        error += b.weight[i] * (d * d);
+        const V d = scale * code_on(b.x[i], inverse, from) + low - b.x[i];
+        error += b.weight(i) * (d * d);
     }
     return error;
 }
 
-/// Fit scale and low to codes by weighted least squares, low not above 0; keep them where the error falls.
-template <class V, class Int>
-FM_HD inline void improve_subs(SubBlocks<V>& b, const Int* code) {
+/// Fit scale and low to the codes of a grid that begins at the best `low` so far, by weighted least squares,
+/// low not above 0; keep them where the error falls.
+template <class V>
+FM_HD inline void improve_subs(SubBlocks<V>& b, V inverse) {
     V l{}, ll{}, xl{};
-    FM_ROLLED
+    FM_UNROLL
     for (int i = 0; i < SUB; ++i) {
-        const V q = to_float(code[i]), wq = b.weight[i] * q;
+        const V q = code_on(b.x[i], inverse, b.low), wq = b.weight(i) * q;
         l += wq, ll += wq * q, xl += wq * b.x[i];
     }
     const V determinant = b.sum_weight * ll - l * l;
@@ -70,30 +69,38 @@ FM_HD inline void improve_subs(SubBlocks<V>& b, const Int* code) {
     const V free_scale = (b.sum_weight * xl - b.sum_x * l) / determinant;
     const V low = if_above(free_low, V{}, V{}, free_low);
     const V scale = if_above(free_low, V{}, xl / ll, free_scale);
-    const V error = error_of_subs(b, code, scale, low);
+    const V error = error_of_subs(b, inverse, b.low, scale, low);
     const V best = if_above(determinant, V{}, b.error, V{});  // where codes do not tell, nothing is below 0
+    b.inverse = if_above(best, error, inverse, b.inverse);
+    b.from = if_above(best, error, b.low, b.from);
     b.scale = if_above(best, error, scale, b.scale);
     b.low = if_above(best, error, low, b.low);
-    FM_ROLLED
-    for (int i = 0; i < SUB; ++i) b.code[i] = if_above(best, error, code[i], b.code[i]);
     b.error = if_above(best, error, error, b.error);
 }
 
-/// Search from the plain range, then on 21 grids; each begins at the best `low` so far.
+/// Search from the plain range, then on 21 grids.
 template <class V>
 FM_HD inline void search_subs(SubBlocks<V>& b) {
-    const V span = b.high - b.low, inverse = 15.f / span;
-    b.scale = 1.f / inverse;
-    code_subs(b, inverse, b.code);
-    b.error = error_of_subs(b, b.code, b.scale, b.low);
+    const V span = b.high - b.low;
+    b.inverse = 15.f / span, b.from = b.low;
+    b.scale = 1.f / b.inverse;
+    b.error = error_of_subs(b, b.inverse, b.from, b.scale, b.low);
     b.error = if_above(span, V{}, b.error, V{});
     FM_ROLLED
-    for (int step = 0; step <= 20; ++step) {
-        typename SubBlocks<V>::Int code[SUB];
-        code_subs(b, (-1.f + 0.1f * float(step) + 15.f) / (b.high - b.low), code);
-        improve_subs(b, code);
-    }
+    for (int step = 0; step <= 20; ++step)
+        improve_subs(b, (-1.f + 0.1f * float(step) + 15.f) / (b.high - b.low));
     b.scale = if_above(span, V{}, b.scale, V{});
+}
+
+/// Fit sub-blocks whose elements are there.
+template <class V>
+FM_HD inline void fit_subs(SubBlocks<V>& b) {
+    V squares{};
+    FM_UNROLL
+    for (int i = 0; i < SUB; ++i) squares += b.x[i] * b.x[i];
+    b.root_mean_square = root_of(squares / float(SUB));
+    measure_subs(b);
+    search_subs(b);
 }
 
 struct BlockQ4_K {
@@ -112,75 +119,112 @@ struct BlockQ4_K {
         const uint8_t bits = uint8_t(absolute(v) < 4096.f ? nearest_int(v) : 0);
         return bits < 63 ? bits : 63;
     }
-    /// What the search finds of a super-block.
-    struct Fit {
-        float scale[subs], low[subs];
-        uint8_t code[elements];
+    /// A sub-block's scale and minimum in six bits, and those of the super-block that they count in.
+    struct Stored {
+        uint8_t scale, minimum;
     };
-#if defined(FM_LANES)
-    static constexpr int together = LANES < subs ? LANES : subs;
-    using Lane = Floats;
-    static float& lane(Floats& v, int s) { return reinterpret_cast<float*>(&v)[s]; }
-#else
-    static constexpr int together = 1;
-    using Lane = float;
-    FM_HD static float& lane(float& v, int) { return v; }
-#endif
-    FM_HD static void fit(const float* x, Fit& f) {
-        FM_ROLLED
-        for (int first = 0; first < subs; first += together) {
-            SubBlocks<Lane> b = {};
-            Lane mean{};
-            for (int s = 0; s < together; ++s) FM_ROLLED
-            for (int i = 0; i < SUB; ++i) lane(b.x[i], s) = x[(first + s) * SUB + i];
-            FM_ROLLED
-            for (int i = 0; i < SUB; ++i) mean += b.x[i] * b.x[i];
-            for (int s = 0; s < together; ++s) lane(mean, s) = sqrtf(lane(mean, s) / float(SUB));
-            measure_subs(b, mean);
-            search_subs(b);
-            for (int s = 0; s < together; ++s) {
-                f.scale[first + s] = lane(b.scale, s), f.low[first + s] = lane(b.low, s);
-                FM_ROLLED
-                for (int i = 0; i < SUB; ++i) {
-                    Lane code = to_float(b.code[i]);
-                    f.code[(first + s) * SUB + i] = uint8_t(lane(code, s));
-                }
+    FM_HD static Stored stored(float scale, float low, float most, float deepest) {
+        const float by_scale = most > 0 ? 63.f / most : 0.f, by_low = deepest > 0 ? 63.f / deepest : 0.f;
+        return {six_bits(by_scale * scale), six_bits(by_low * -low)};
+    }
+    /// The three bytes of sub-blocks s and s + 4.
+    FM_HD static void store_scales(Stored first, Stored second, uint8_t* p, int s) {
+        p[4 + s] = uint8_t(first.scale | second.scale >> 4 << 6);
+        p[8 + s] = uint8_t(first.minimum | second.minimum >> 4 << 6);
+        p[12 + s] = uint8_t((second.scale & 15) | (second.minimum & 15) << 4);
+    }
+    /// Codes are found anew with the scale as it is stored.
+    template <class V>
+    FM_EACH static V final_code(V x, float scale, float low) {
+        return nearest_whole(clamped((x + low) / scale, 0.f, 15.f));
+    }
+#if defined(FM_GPU)
+    /// By eight lanes, of which each has a sub-block.
+    FM_APART static void encode(const Coded&, const float* x, uint8_t* p) {
+        const uint32_t mask = team_mask<subs>();
+        const int s = int(threadIdx.x % subs);
+        SubBlocks<float> b;
+        FM_UNROLL
+        for (int i = 0; i < SUB; i += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(x + s * SUB + i);
+            b.x[i] = four.x, b.x[i + 1] = four.y, b.x[i + 2] = four.z, b.x[i + 3] = four.w;
+        }
+        fit_subs(b);
+        float most = larger(b.scale, 0.f), deepest = larger(-b.low, 0.f);
+        FM_UNROLL
+        for (int distance = subs / 2; distance > 0; distance /= 2) {
+            most = larger(__shfl_xor_sync(mask, most, distance, subs), most);
+            deepest = larger(__shfl_xor_sync(mask, deepest, distance, subs), deepest);
+        }
+        const uint16_t d_bits = float_to_half(most / 63.f), dmin_bits = float_to_half(deepest / 63.f);
+        const Stored mine = stored(b.scale, b.low, most, deepest);
+        const uint32_t both =
+            __shfl_down_sync(mask, uint32_t(mine.scale | mine.minimum << 8), subs / 2, subs);
+        if (s == 0) store_half_word(p, d_bits), store_half_word(p + 2, dmin_bits);
+        if (s < 4) store_scales(mine, {uint8_t(both), uint8_t(both >> 8)}, p, s);
+        const float scale = half_to_float(d_bits) * float(mine.scale);
+        const float low = half_to_float(dmin_bits) * float(mine.minimum);
+        // Of two neighbours one has the low nibbles, the other the high ones: each writes half their bytes.
+        const bool high = s % 2 != 0;
+        uint32_t word[SUB / 4];
+        FM_UNROLL
+        for (int w = 0; w < SUB / 4; ++w) {
+            word[w] = 0;
+            FM_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float v = b.x[4 * w + i];
+                const float code = scale == 0 ? code_on(v, b.inverse, b.from) : final_code(v, scale, low);
+                word[w] |= uint32_t(code) << 8 * i;
             }
         }
+        FM_UNROLL
+        for (int w = 0; w < SUB / 8; ++w) {
+            const uint32_t other = __shfl_xor_sync(mask, high ? word[w] : word[w + SUB / 8], 1, subs);
+            store_word(p + 16 + s / 2 * 32 + (high ? 16 : 0), w,
+                       high ? other | word[w + SUB / 8] << 4 : word[w] | other << 4);
+        }
     }
-    FM_HD static void store_scales(const Fit& f, uint8_t* p) {
+#else
+    static constexpr int together = LANES < subs ? LANES : subs;
+
+    static float& lane(Floats& v, int s) { return reinterpret_cast<float*>(&v)[s]; }
+
+    static void encode(const Coded&, const float* x, uint8_t* p) {
+        float scale[subs], low[subs], code[elements];
+        for (int first = 0; first < subs; first += together) {
+            SubBlocks<Floats> b = {};
+            for (int s = 0; s < together; ++s)
+                for (int i = 0; i < SUB; ++i) lane(b.x[i], s) = x[(first + s) * SUB + i];
+            fit_subs(b);
+            for (int s = 0; s < together; ++s)
+                scale[first + s] = lane(b.scale, s), low[first + s] = lane(b.low, s);
+            for (int i = 0; i < SUB; ++i) {
+                Floats codes = code_on(b.x[i], b.inverse, b.from);
+                for (int s = 0; s < together; ++s) code[(first + s) * SUB + i] = lane(codes, s);
+            }
+        }
         float most = 0, deepest = 0;
-        for (int s = 0; s < subs; ++s) most = larger(f.scale[s], most), deepest = larger(-f.low[s], deepest);
-        const float by_scale = most > 0 ? 63.f / most : 0.f, by_low = deepest > 0 ? 63.f / deepest : 0.f;
+        for (int s = 0; s < subs; ++s) most = larger(scale[s], most), deepest = larger(-low[s], deepest);
         store_half_word(p, float_to_half(most / 63.f));
         store_half_word(p + 2, float_to_half(deepest / 63.f));
-        uint8_t scale[subs], low[subs];
-        for (int s = 0; s < subs; ++s)
-            scale[s] = six_bits(by_scale * f.scale[s]), low[s] = six_bits(by_low * -f.low[s]);
-        for (int s = 0; s < 4; ++s) {
-            p[4 + s] = uint8_t(scale[s] | scale[s + 4] >> 4 << 6);
-            p[8 + s] = uint8_t(low[s] | low[s + 4] >> 4 << 6);
-            p[12 + s] = uint8_t((scale[s + 4] & 15) | (low[s + 4] & 15) << 4);
-        }
-    }
-    /// Codes are found anew with the scales as they are stored, but where that is zero.
-    FM_HD static void encode(const Coded&, const float* x, uint8_t* p) {
-        Fit f;
-        fit(x, f);
-        store_scales(f, p);
+        Stored bits[subs];
+        for (int s = 0; s < subs; ++s) bits[s] = stored(scale[s], low[s], most, deepest);
+        for (int s = 0; s < 4; ++s) store_scales(bits[s], bits[s + 4], p, s);
         const float d = half_to_float(load_half_word(p)), dmin = half_to_float(load_half_word(p + 2));
         for (int s = 0; s < subs; ++s) {
-            const float scale = d * float(scale_bits(p + 4, s)), low = dmin * float(minimum_bits(p + 4, s));
-            if (scale == 0) continue;
-            const auto code = [&](auto v) FM_EACH_LAMBDA {
-                return nearest_int(clamped((v + low) / scale, 0.f, 15.f));
-            };
-            encode_bytes(x + s * SUB, SUB, code, f.code + s * SUB);
+            const float final_scale = d * float(bits[s].scale), final_low = dmin * float(bits[s].minimum);
+            if (final_scale == 0) continue;
+            for (int i = 0; i < SUB; i += LANES) {
+                const Floats v = read<Floats>(x + s * SUB + i);
+                const Floats found = final_code(v, final_scale, final_low);
+                memcpy(code + s * SUB + i, &found, sizeof found);
+            }
         }
-        for (int h = 0; h < 4; ++h) FM_ROLLED
-        for (int i = 0; i < 32; ++i)
-            p[16 + 32 * h + i] = uint8_t(f.code[64 * h + i] | f.code[64 * h + 32 + i] << 4);
+        for (int h = 0; h < 4; ++h)
+            for (int i = 0; i < 32; ++i)
+                p[16 + 32 * h + i] = uint8_t(int(code[64 * h + i]) | int(code[64 * h + 32 + i]) << 4);
     }
+#endif
     FM_HD static void decode(const Coded&, const uint8_t* p, float* out) {
         const float d = half_to_float(load_half_word(p)), dmin = half_to_float(load_half_word(p + 2));
         const auto values = [&](int s) {

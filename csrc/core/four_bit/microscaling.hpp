@@ -72,7 +72,7 @@ FM_EACH float mx_reciprocal(int e) {
 
 /// That, or the next where its squared error is less.
 template <bool GGUF>
-FM_HD inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
+FM_TEAM inline int mx_exponent_of(const float* x, int n, bool ocp, bool search) {
     const int e = mx_exponent(peak_of(x, n), ocp || search);  // both rules give this one or the next
     if (!search) return e;
     const auto error = [&](int exponent) {
@@ -87,10 +87,10 @@ struct Mxfp4Group {
     FM_EACH static float scale(const Coded&, uint32_t code) { return e8m0_to_float(code); }
 
     /// The code of the scale of n values.
-    FM_HD static uint32_t choose(const Coded& c, const float* x, int n) {
+    FM_TEAM static uint32_t choose(const Coded& c, const float* x, int n) {
         return uint32_t(mx_exponent_of<false>(x, n, c.other_rule, c.search));
     }
-    FM_HD static void encode(const Coded&, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
+    FM_TEAM static void encode(const Coded&, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
         const float reciprocal = mx_reciprocal(int(chosen));
         encode_pairs<false>(
             x, n, [&](auto v) FM_EACH_LAMBDA { return e2m1_code<false>(v * reciprocal); }, 0, bytes);
@@ -116,7 +116,7 @@ struct Nvfp4Group {
         const uint32_t code = float_to_e4m3(c.tensor_scale * rounded_to(c.type, peak / target));
         return code == 0 ? 0x20u : code;  // 0.125
     }
-    FM_HD static uint32_t choose(const Coded& c, const float* x, int n) {
+    FM_TEAM static uint32_t choose(const Coded& c, const float* x, int n) {
         const float peak = peak_of(x, n);
         const uint32_t six = scale_code(c, peak, 6.f);
         if (!c.search) return six;
@@ -128,7 +128,7 @@ struct Nvfp4Group {
         const uint32_t four = scale_code(c, peak, 4.f);
         return error(four) < error(six) ? four : six;
     }
-    FM_HD static void encode(const Coded& c, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
+    FM_TEAM static void encode(const Coded& c, uint32_t chosen, const float* x, int n, uint8_t* bytes) {
         const float s = scale(c, chosen);
         encode_pairs<false>(x, n, [&](auto v) FM_EACH_LAMBDA { return e2m1_code<false>(v / s); }, 0, bytes);
     }
@@ -139,13 +139,13 @@ struct Nvfp4Group {
 
 /// Scales of all groups first: what one waits for, the next need not.
 template <class Group>
-FM_HD inline void encode_micro(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                               const float* x, int64_t stride) {
+FM_TEAM inline void encode_micro(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                 const float* x, int64_t stride) {
     const int64_t groups = groups_of_row(c);
     for (int r = 0; r < rows; ++r, x += stride) {
         const int64_t at = stored_row(c, row + r);
         uint8_t* bytes = c.codes + (at * c.cols + col) / 2;
-        uint8_t* scales = c.scales + at * groups + col / c.group;
+        uint8_t* scales = c.scales + at * groups + quotient(col, c.group);
         for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)
             scales[g] = uint8_t(Group::choose(c, x + j, c.group));
         for (int64_t j = 0, g = 0; j < cols; j += c.group, ++g)

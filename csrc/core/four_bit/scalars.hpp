@@ -103,12 +103,17 @@ FM_HD inline float store_scale(uint8_t* scales, ScaleType t, int64_t i, float s)
     return load_scale(scales, t, i);
 }
 
+/// a / b, both not negative: a GPU divides 64-bit numbers in a hundred instructions, 32-bit ones in twenty.
+FM_EACH int64_t quotient(int64_t a, int64_t b) {
+    return (uint64_t(a) | uint64_t(b)) >> 32 ? a / b : int64_t(uint32_t(a) / uint32_t(b));
+}
+
 // ---- rows ------------------------------------------------------------------------------------------------
 
 /// Where row r lies, counted from the row of `origin`. A rotary head's rows [2, head / 2] are stored
 /// [head / 2, 2].
 FM_HD inline int64_t stored_row(const Coded& c, int64_t r) {
-    const int64_t from = c.origin / c.cols;
+    const int64_t from = quotient(c.origin, c.cols);
     if (c.rotary == 0) return r - from;
     const int64_t half = c.rotary / 2, in_head = r % c.rotary;
     return r - in_head + in_head % half * 2 + in_head / half - from;
@@ -119,7 +124,7 @@ FM_HD inline int64_t group_size(const Coded& c) {
 }
 
 FM_HD inline int64_t groups_of_row(const Coded& c) {
-    return (c.cols + group_size(c) - 1) / group_size(c);
+    return quotient(c.cols + group_size(c) - 1, group_size(c));
 }
 
 /// body(group number, at, n, out) for pieces of [at, at + m) of one group each.

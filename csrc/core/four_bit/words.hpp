@@ -36,7 +36,7 @@ FM_EACH auto word_code(V x, WordScale s) {
     return nearest_int(clamped((x + s.zero * s.scale) / s.stored, 0.f, 15.f));
 }
 
-FM_HD inline WordScale word_scale_of(const Coded& c, const float* x, int64_t n) {
+FM_TEAM inline WordScale word_scale_of(const Coded& c, const float* x, int64_t n) {
     const Range r = range_with_zero(x, n);
     if (!c.search) return word_scale(c, r.low, r.high);
     const float clip = best_integer_clip([&](float factor) {
@@ -47,9 +47,31 @@ FM_HD inline WordScale word_scale_of(const Coded& c, const float* x, int64_t n) 
     return word_scale(c, r.low * clip, r.high * clip);
 }
 
+#if defined(FM_GPU)
+/// Code n columns, a multiple of 8, of as many rows: each lane has words of its own.
+FM_TEAM inline void encode_codes(const Coded& c, const WordScale* scale, int64_t row, int rows, int64_t col,
+                                 int64_t n, const float* x, int64_t stride) {
+    if (c.format == Format::Awq) {
+        for (int64_t i = team_lane(); i < n; i += TEAM) {
+            uint32_t word = 0;
+            FM_UNROLL
+            for (int r = 0; r < 8; ++r)
+                word |= uint32_t(word_code(x[r * stride + i], scale[r])) << 4 * awq_nibble(r);
+            store_word(c.codes, (col + i) * (c.rows / 8) + row / 8, word);
+        }
+        return;
+    }
+    FM_UNROLL
+    for (int r = 0; r < 8; ++r)
+        for (int64_t i = 8 * team_lane(); i < n && r < rows; i += 8 * TEAM) {
+            uint32_t word = 0;
+            for (int b = 0; b < 8; ++b) word |= uint32_t(word_code(x[r * stride + i + b], scale[r])) << 4 * b;
+            store_word(c.codes, (col + i) / 8 * c.rows + row + r, word);
+        }
+}
+#else
 /// Codes [8, n] of as many rows, n a multiple of 8, to their words.
-FM_HD inline void store_code_words(const Coded& c, const uint8_t* code, int64_t row, int rows, int64_t col,
-                                   int n) {
+inline void store_code_words(const Coded& c, const uint8_t* code, int64_t row, int rows, int64_t col, int n) {
     if (c.format == Format::Awq) {
         for (int i = 0; i < n; ++i) {
             uint32_t word = 0;
@@ -66,21 +88,10 @@ FM_HD inline void store_code_words(const Coded& c, const uint8_t* code, int64_t 
         }
 }
 
-/// Code n columns, which are one group, of up to 8 rows.
-FM_HD inline void encode_words(const Coded& c, int64_t row, int rows, int64_t col, int64_t n, const float* x,
-                               int64_t stride) {
+/// Code n columns, a multiple of 8, of as many rows.
+inline void encode_codes(const Coded& c, const WordScale* scale, int64_t row, int rows, int64_t col,
+                         int64_t n, const float* x, int64_t stride) {
     constexpr int most = 64;
-    const bool awq = c.format == Format::Awq;
-    const int64_t g = col / group_size(c);
-    WordScale scale[8] = {};
-    uint32_t zeros = 0;
-    for (int r = 0; r < rows; ++r) {
-        scale[r] = word_scale_of(c, x + r * stride, n);
-        store_half_word(c.scales + (g * c.rows + row + r) * 2, float_to_half(scale[r].scale));
-        const int stored = (int(scale[r].zero) - shift_of_zeros(c)) & 15;
-        zeros |= uint32_t(stored) << 4 * (awq ? awq_nibble(r) : r);
-    }
-    store_word(c.zeros, g * (c.rows / 8) + row / 8, zeros);
     for (int64_t j = 0; j < n; j += most) {
         uint8_t code[8 * most] = {};
         const int m = int(n - j < most ? n - j : most);
@@ -91,9 +102,27 @@ FM_HD inline void encode_words(const Coded& c, int64_t row, int rows, int64_t co
         store_code_words(c, code, row, rows, col + j, m);
     }
 }
+#endif
 
-FM_HD inline void encode_word_rows(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
-                                   const float* x, int64_t stride) {
+/// Code n columns, which are one group, of up to 8 rows.
+FM_APART inline void encode_words(const Coded& c, int64_t row, int rows, int64_t col, int64_t n,
+                                  const float* x, int64_t stride) {
+    const bool awq = c.format == Format::Awq;
+    const int64_t g = quotient(col, group_size(c));
+    WordScale scale[8] = {};
+    uint32_t zeros = 0;
+    for (int r = 0; r < rows; ++r) {
+        scale[r] = word_scale_of(c, x + r * stride, n);
+        store_half_word(c.scales + (g * c.rows + row + r) * 2, float_to_half(scale[r].scale));
+        const int stored = (int(scale[r].zero) - shift_of_zeros(c)) & 15;
+        zeros |= uint32_t(stored) << 4 * (awq ? awq_nibble(r) : r);
+    }
+    store_word(c.zeros, g * (c.rows / 8) + row / 8, zeros);
+    encode_codes(c, scale, row, rows, col, n, x, stride);
+}
+
+FM_TEAM inline void encode_word_rows(const Coded& c, int64_t row, int rows, int64_t col, int64_t cols,
+                                     const float* x, int64_t stride) {
     const int64_t group = group_size(c);
     for (int r = 0; r < rows; r += 8)
         for (int64_t j = 0; j < cols; j += group)
