@@ -32,6 +32,7 @@ from torch import Tensor
 import fastmerge
 from fastmerge.bench import environment
 from fastmerge.linalg import Term, factored_svd, gram, polar
+from fastmerge.linalg.gram import add_square
 from fastmerge.recipe import keyword_params
 from fastmerge.registry import TensorContext, get
 
@@ -125,6 +126,21 @@ def gram_and_eigh(a: Tensor, times: int) -> None:
         torch.linalg.eigh(a @ a.mT)
 
 
+def half_grams_and_eigh(parts: list[Tensor]) -> None:
+    """What the directions that some matrices share take of LAPACK and BLAS at least, in float32."""
+    square = parts[0].new_empty((len(parts[0]), len(parts[0])))
+    for j, part in enumerate(parts):
+        add_square(square, part, j > 0)
+    torch.linalg.eigh(square)
+
+
+def decompose_factors(b: Tensor, a: Tensor) -> None:
+    """What the triples of b a take of LAPACK and BLAS at least: the Gram matrices of the factors in float64,
+    a Cholesky factor, an eigendecomposition of their size."""
+    lower = torch.linalg.cholesky(b.mT @ b)
+    torch.linalg.eigh(lower.mT @ (a @ a.mT) @ lower)
+
+
 def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) -> list[Case]:
     """Return all rows of one shape and number of experts."""
     deltas, products = given.deltas, given.products
@@ -132,6 +148,10 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
     short = deltas[0] if given.shape[0] <= given.shape[1] else deltas[0].mT
     square = short[:, : len(short)].contiguous()
     steps = min(STEPS, step_limit)  # of loops
+    factors = (
+        torch.cat([b for b, _ in given.factors], 1).double(),
+        torch.cat([a for _, a in given.factors]).double(),
+    )
 
     def rivals(torch_way: Callable[[int], Tensor], theirs: str = "", on: Any = deltas) -> Any:
         found = {"torch": torch_way}
@@ -197,13 +217,13 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
             "one adapter of several",
             lambda: factored_svd([Term(1.0, b, a) for b, a in given.factors], rank).svd.u,
             rivals(lambda _: svd_rivals.lora_svd(products, rank)[0]),
-            lambda: torch.linalg.qr(torch.cat([b for b, _ in given.factors], 1)),
+            lambda: decompose_factors(*factors),
         ),
         Case(
             "Sub-MoE",
             lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
             rivals(lambda _: svd_rivals.sub_moe(deltas, len(square) // 4)),
-            lambda: gram_and_eigh(torch.cat(deltas, 1), 1),
+            lambda: half_grams_and_eigh(deltas),
             lambda: svd_rivals.sub_moe([d.double().cpu() for d in deltas], len(square) // 4),
             added=False,
         ),

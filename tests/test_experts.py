@@ -53,13 +53,17 @@ def test_float16_experts_give_float16() -> None:
     assert float((found.double() - want).norm() / want.norm()) < 1e-3
 
 
+@pytest.mark.parametrize("share", [0.1, 1.0, 2.0])
 @pytest.mark.parametrize("params", [{}, {"rule": "linear"}], ids=str)
-def test_large_float32_experts_share_the_directions_of_float64(params: dict[str, str]) -> None:
+def test_large_float32_experts_share_the_directions_of_float64(
+    params: dict[str, str], share: float
+) -> None:
+    """Whether float32's eigenvectors stand, or are refined by its Gram matrix, or by the experts."""
     generator = torch.Generator().manual_seed(2)
     low = torch.randn(3, 800, 20, generator=generator) @ torch.randn(20, 300, generator=generator)
-    w = low + torch.randn(3, 800, 300, generator=generator)
-    found = ops.merge_experts(w, None, 60, **params)
-    want = ops.merge_experts(w.double(), None, 60, **params)
+    w = share * low + torch.randn(3, 800, 300, generator=generator)
+    found = ops.merge_experts(w, None, 100, **params)
+    want = ops.merge_experts(w.double(), None, 100, **params)
     assert float((found.double() - want).norm() / want.norm()) < 1e-5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 #: ||R||_F ||R^-1||_F per column up to which Cholesky factors are as good as Householder's QR.
 MOST_CONDITION = 8.0
-#: Least s_k / s_1 whose directions a Gram matrix tells to 1e-10.
+#: Least s_k / (||b|| ||a||) whose triples Gram matrices of the factors tell to 1e-10.
 LEAST_RATIO = 1e-3
 
 
@@ -40,23 +41,48 @@ def factored_svd(terms: Sequence[Term], rank: int | None = None) -> Truncated:
     """
     import torch
 
-    left = torch.cat([t.b.double() * t.scale for t in terms], dim=1)
-    right = torch.cat([t.a.double() for t in terms])
+    left = torch.cat([t.b for t in terms], dim=1).double()
+    right = torch.cat([t.a for t in terms]).double()
+    left *= left.new_tensor([t.scale for t in terms for _ in range(t.b.shape[1])])
+    if rank is not None and 0 < rank < min(*left.shape, right.shape[1]):
+        found = _leading(left, right, rank)
+        if found is not None:
+            return found
     basis_b, r_b = _orthonormal(left)
     basis_a, r_a = _orthonormal(right.mT)
-    product = r_b @ r_a.mT
-    wanted = len(product) if rank is None else min(rank, *product.shape)
-    core = spectrum(product, route="gram" if wanted < len(product) else "lapack")
-    if wanted < len(product) and wanted and not core.s[wanted - 1] > LEAST_RATIO * core.s[0]:
-        core = spectrum(product, route="lapack")
+    core = spectrum(r_b @ r_a.mT, route="lapack")
     # Terms that cancel leave rounding of what was there before: it is measured by the factors.
     noise = (len(left) + right.shape[1]) * EPS[8] * float(r_b.norm() * r_a.norm())
-    k = min(int((core.s > noise).sum()), wanted)
-    u, s, vh = core.top(k)
-    norm, left_out = float(core.s.norm()), float(core.s[k:].norm())
-    return Truncated(
-        SVD(basis_b(u), s, basis_a(vh.mT).mT), norm, left_out / norm if norm else 0.0, exact=True
-    )
+    known = int((core.s > noise).sum())
+    u, s, vh = core.top(known if rank is None else min(known, rank))
+    norm, left_out = float(core.s.norm()), float(core.s[len(s) :].norm())
+    return _truncated(SVD(basis_b(u), s, basis_a(vh.mT).mT), norm, left_out)
+
+
+def _leading(b: Tensor, a: Tensor, k: int) -> Truncated | None:
+    """Return the k leading triples of b a, 0 < k < R. None: one is too small to be told from squares.
+
+    With b^T b = L L^T, the eigenvalues of L^T (a a^T) L are the s_i^2; of eigenvectors Y, u = b L^-T Y and
+    v^T = S^-1 Y^T L^T a. All errors are about eps64 (||b|| ||a|| / s_k)^2, however b and a are conditioned.
+    """
+    import torch
+
+    of_b, of_a = b.mT @ b, a @ a.mT
+    lower, info = torch.linalg.cholesky_ex(of_b)
+    if int(info):
+        return None
+    values, vectors = torch.linalg.eigh(lower.mT @ of_a @ lower)
+    if not float(values[-k]) > LEAST_RATIO**2 * float(of_b.trace() * of_a.trace()):
+        return None
+    y, s = vectors[:, -k:].flip(1), values[-k:].flip(0).sqrt()
+    u = b @ torch.linalg.solve_triangular(lower.mT, y, upper=True)
+    vh = ((lower @ y) / s).mT @ a
+    norm, left_out = (math.sqrt(float(x.clamp_min(0).sum())) for x in (values, values[:-k]))
+    return _truncated(SVD(u, s, vh), norm, left_out)
+
+
+def _truncated(found: SVD, norm: float, left_out: float) -> Truncated:
+    return Truncated(found, norm, left_out / norm if norm else 0.0, exact=True)
 
 
 def _orthonormal(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

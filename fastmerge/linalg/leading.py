@@ -7,11 +7,10 @@ within what they then span leave eps64 of the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.linalg.gram import BLOCK, add_square
+from fastmerge.linalg.gram import BLOCK, add_square, mirrored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +23,16 @@ LEAST_RATIO = 1 / 64
 MORE, SHARE_MORE = 16, 1 / 16
 #: Eigenvalues nearer to each other than this many eps32 of the largest are not told apart in float32.
 NEAR = 32.0
+#: Of a rough answer: most of eps32 s_1^2 in shares of s_k^2 / m, the mean gap, for which eigenvectors in
+#: float32 stand, and least s_k / s_1 for which the Gram matrix in float32 does. Rounding of the
+#: eigenvectors weighs 10 to 50 times as much as the Gram matrix' own.
+MOST_BLUR, LEAST_ROUGH = 1 / 200, 1 / 16
 #: ||V^T V - I||_F beyond which float32 did not find what can be refined.
 MOST_APART = 1e-2
 
 
 def refined(
-    parts: Sequence[Tensor], k: int, near: float = math.inf
+    parts: Sequence[Tensor], k: int, *, rough: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Return the k largest singular values and their left vectors, float64 [k] and [m, k].
 
@@ -37,8 +40,8 @@ def refined(
 
     Args:
         parts: float32 matrices [m, n_i] that lie side by side, the sum of n_i at least m.
-        near: share s_k / s_1 from which on what float32 found is returned as it is: off by (s_1 / s_k) / 2
-            times what a float32 decomposition of the parts is off by. Default: never.
+        rough: the span of the vectors is wanted to about 1e-5, not to what float64 tells: where the values
+            spread little, what float32 found is returned as it is, or refined by its own Gram matrix.
     """
     import torch
 
@@ -50,18 +53,21 @@ def refined(
     for j, part in enumerate(parts):
         add_square(square, part, j > 0)
     values, vectors = torch.linalg.eigh(square)
-    values, vectors = values.flip(0), vectors.flip(1)
-    if not float(values[k - 1]) > LEAST_RATIO**2 * float(values[0]):
+    largest, least = float(values[-1]), float(values[-k])
+    if not least > LEAST_RATIO**2 * largest:
         return None
-    if float(values[k - 1]) > near**2 * float(values[0]):
-        return values[:k].double().sqrt(), vectors[:, :k].double()
-    lead, rest = vectors[:, :width].double(), vectors[:, width:]
-    image = torch.zeros_like(lead)
-    for part in parts:
-        for first in range(0, part.shape[1], BLOCK):
-            x = part[:, first : first + BLOCK].double()
-            image.addmm_(x, x.mT @ lead)
-    lead, image = _closer(lead, image, rest, values[width:], values[0])
+    if rough and m * torch.finfo(values.dtype).eps * largest < MOST_BLUR * least:
+        return values[-k:].flip(0).double().sqrt(), vectors[:, -k:].flip(1).double()
+    lead, rest = vectors[:, -width:].double(), vectors[:, :-width]
+    if rough and least > LEAST_ROUGH**2 * largest:
+        image = mirrored(square).double() @ lead
+    else:
+        image = torch.zeros_like(lead)
+        for part in parts:
+            for first in range(0, part.shape[1], BLOCK):
+                x = part[:, first : first + BLOCK].double()
+                image.addmm_(x, x.mT @ lead)
+    lead, image = _closer(lead, image, rest, values[:-width], largest)
     g = lead.mT @ lead
     g.diagonal().sub_(1)
     if not float(g.norm()) < MOST_APART:
@@ -77,7 +83,7 @@ def refined(
 
 
 def _closer(
-    lead: Tensor, image: Tensor, rest: Tensor, lower: Tensor, largest: Tensor
+    lead: Tensor, image: Tensor, rest: Tensor, lower: Tensor, largest: float
 ) -> tuple[Tensor, Tensor]:
     """Add to each leading vector j what it lacks of each other i: v_i^T (G v_j - l_j v_j) / (l_j - l_i).
 
