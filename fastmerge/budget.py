@@ -430,8 +430,8 @@ def _statistic_scratch(
 
 
 def device_passes(plan: Plan, job: TensorJob) -> int:
-    """Return how often a device's kernels read a job's operands in its memory: a rank cut takes a pass per
-    digit of the key and one for ties, other statistics one; the walk one."""
+    """Return how many readings of a job's operands in a device's memory its kernels take the time of: a rank
+    cut some four (one, with the brackets and candidates around it), other statistics one; the walk one."""
     request = _first_statistic(plan, job)
     if isinstance(request, OrderStatistic):
         return 5

@@ -27,6 +27,7 @@ RECORD = Path(__file__).parent / "golden" / "cuda_build.json"
 TARGETS = (80, 90, 100)
 UNROLLED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 ELECTIONS = ("none", "mass", "other")
+STAGES = ("any", "all", "cut", "draw")
 CODING = ("walk_any", "walk_coded", "walk_peak")
 
 
@@ -87,6 +88,10 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 def plain_name(mangled: str) -> str:
     """Return a kernel's name and template arguments in words."""
+    lean = re.search(r"lean_kernelILi(\d+)ELN\w*?8ElectionE(\d)ELN\w*?5StageE(\d)E", mangled)
+    if lean:
+        k, election, stage = (int(x) for x in lean.groups())
+        return f"lean {ELECTIONS[election]} {STAGES[stage]} K={k}"
     walk = re.search(r"walk_kernelILi(\d+)ELi(\d+)ELN\w*?8ElectionE(\d)E", mangled)
     if walk:
         k, width, election = (int(x) for x in walk.groups())
@@ -151,24 +156,37 @@ def test_every_operand_is_read_by_one_wide_load(election: str, width: int, targe
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("election", ELECTIONS[:2])
+def test_lean_walks_read_every_operand_by_one_wide_load(
+    election: str, stage: str, target: int
+) -> None:
+    for k in range(1, 9):
+        kernel = kernels()[f"lean {election} {stage} K={k}", target]
+        assert kernel.count(r"LDG\.E\.EF.*\.128.*") == k + 1, kernel.name
+        assert kernel.count(r"STG\.E\.EF.*\.128.*") >= 1, kernel.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(target: int) -> None:
     """Local memory is for what a call saves; the kernels of experts in registers make none but to divide.
 
+    Those that go without registers for the sake of more blocks at a time may save some around rare parts.
     Those that decode have arrays there, as many as were recorded: the build warns of spills (setup.py).
     """
     for (name, at), kernel in kernels().items():
-        calls = "K=any" in name or not name.startswith("walk ")
         if at == target and not kernel.decodes:
-            assert kernel.local == 0 or (calls and kernel.local <= 24), (
-                f"{name}: {kernel.local} accesses of local memory"
-            )
+            most = 104 if "K=any" in name or not name.startswith("walk ") else 0
+            assert kernel.local <= most, f"{name}: {kernel.local} accesses of local memory"
 
 
 def test_arithmetic_is_exact() -> None:
-    """In the PTX of all kernels: no fused multiply-add, no flush of subnormals, division to nearest."""
+    """In the PTX of all kernels: no fused multiply-add but by zero, which finds what is not finite; no flush
+    of subnormals, division to nearest."""
     tool, path = cuobjdump(), module()
     assert tool and path
     ptx = subprocess.run([tool, "-ptx", str(path)], capture_output=True, text=True).stdout
+    ptx = re.sub(r"\bfma\.rn\.f32 %f\d+, %f\d+, 0f00000000, (?:%f\d+|0f00000000);", "", ptx)
     pattern = r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.]+\.f(?:32|64))\s"
     floats = Counter(re.findall(pattern, ptx, re.MULTILINE))
     assert floats["div.rn.f32"] and floats["mul.rn.f32"] and floats["add.rn.f32"]

@@ -172,10 +172,11 @@ void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t en
             pieces_of(v, n_experts).push_back({a, std::min(a + WALK_PIECE, b), job});
     };
     if (variant.unrolled <= 0) return pieces(variant, begin, end);
-    Variant careful = variant;
-    careful.unrolled = 0, careful.stage = Stage::Any;
-    if (!is_by_tensor(keep.trim) || !is_by_tensor(keep.remove) || !is_by_tensor(keep.select))
-        return pieces(careful, begin, end);  // cuts may differ from run to run
+    if (!is_by_tensor(keep.trim) || !is_by_tensor(keep.remove) || !is_by_tensor(keep.select)) {
+        Variant by_run = variant;  // cuts may differ from run to run
+        by_run.unrolled = 0, by_run.stage = Stage::Any;
+        return pieces(by_run, begin, end);
+    }
     // Each piece has one bound of each cut: a run in which ties end is one of its own.
     std::vector<int64_t> ends;
     find_ends(keep.trim, n_experts, in.start + begin, in.start + end, ends);
@@ -189,7 +190,7 @@ void Batch::cut(const Variant& variant, int n_experts, int64_t begin, int64_t en
         if (run < done) continue;  // the same run again
         pieces(variant, done, run);
         done = run;
-        if (run < at) pieces(careful, run, run + width), done = run + width;
+        if (run < at) pieces(Variant(), run, run + width), done = run + width;
     }
     pieces(variant, done, end);
 }

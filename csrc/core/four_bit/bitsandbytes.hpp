@@ -7,6 +7,21 @@
 namespace fastmerge {
 namespace FM_ISA {
 
+/// values[i], without a table in each thread's memory where it would be one.
+template <int N>
+FM_EACH constexpr float chosen(const float* values, int i) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (N > 1) {
+        const float low = chosen<N / 2>(values, i), high = chosen<N / 2>(values + N / 2, i);
+        return i & (N / 2) ? high : low;
+    } else {
+        return values[0];
+    }
+#else
+    return values[i];
+#endif
+}
+
 struct Nf4 {
     static constexpr bool is_fp4 = false;
     /// By rank: ascending.
@@ -29,7 +44,7 @@ struct Nf4 {
             0.7229568362236023f,
             1.f,
         };
-        return values[rank];
+        return chosen<16>(values, rank);
     }
     FM_EACH static constexpr float value(int code) { return ranked(code); }
 };
@@ -40,7 +55,8 @@ struct Fp4 {
     FM_EACH static constexpr float value(int code) {
         constexpr float values[8] = {0.f,      0.0625f / 12, 8.f / 12, 12.f / 12,
                                      4.f / 12, 6.f / 12,     2.f / 12, 3.f / 12};
-        return code & 8 ? -values[code & 7] : values[code];
+        const float size = chosen<8>(values, code & 7);
+        return code & 8 ? -size : size;
     }
     /// Ranks 7 and 8 are the two zeros, of which 0 sorts before -0 (code 8).
     FM_EACH static constexpr int code_of_rank(int rank) {
