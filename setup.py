@@ -133,7 +133,7 @@ if find_nvcc():
             "fastmerge._cuda",
             # The slowest first: all are compiled side by side.
             sources=[
-                *sorted(cuda_sources, key=lambda s: not any(p in s for p in ("fused_", "lean_", "quant4"))),
+                *sorted(cuda_sources, key=lambda s: not any(part in s for part in SLOW)),
                 "csrc/bindings/cuda.cpp",
             ],
             define_macros=[("FM_TARGETS", f'"{targets}"')],
