@@ -211,10 +211,12 @@ def gpu_table(data: Row) -> list[str]:
         f"launches; a copy moves {data['copy_bytes_per_s'] / 1e9:.0f} GB/s; "
         f"against the cpu backend's bits: {checked or 'not checked in this run'}"
     )
-    parts = [provenance(data, what), *table(columns, data["kernels"])]
+    of = ", ".join(sorted({r["backend"] for r in data["kernels"]})) or "no kernel"
+    summary = f"<details><summary>{data['card']}, kernel by kernel: {of}</summary>\n"
+    parts = [summary, provenance(data, what), *table(columns, data["kernels"])]
     if data["rivals"]:
         parts += ["", *_rivals_table(data)]
-    return parts
+    return [*parts, "\n</details>"]
 
 
 def _rivals_table(data: Row) -> list[str]:
