@@ -31,8 +31,8 @@ ISA_FLAGS = {
 ISAS = list(ISA_FLAGS) if IS_X86 else ["baseline"]
 
 
-# Compiled for these, and as PTX that a driver compiles for what comes later.
 SLOW = ("fused_", "lean_", "quant4")  # to compile: these begin
+# Compiled for these, and as PTX that a driver compiles for what comes later.
 CUDA_TARGETS = [int(t) for t in os.environ.get("FASTMERGE_CUDA_TARGETS", "80,90,100").split(",")]
 NVCC_FLAGS = [
     "-std=c++17",

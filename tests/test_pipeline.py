@@ -123,7 +123,7 @@ def planned(family: Path, method: str, device: Any, **options: Any) -> Plan:
         return make_plan(family / f"{method}.yaml", device=device, **options)
 
 
-@pytest.mark.parametrize("max_vram", [None, "66MiB", "70MiB"])
+@pytest.mark.parametrize("max_vram", [None, "69MiB", "73MiB"])
 def test_memory_of_the_device_is_what_was_planned(family: Path, max_vram: str | None) -> None:
     device = SimulatedDevice(memory_bytes=1 << 28)
     plan = planned(family, "ties", device, max_vram=max_vram)

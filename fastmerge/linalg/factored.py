@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastmerge.linalg.gram import cholesky
 from fastmerge.linalg.randomized import Truncated
 from fastmerge.linalg.svd import EPS, SVD, spectrum
 
@@ -68,8 +69,8 @@ def _leading(b: Tensor, a: Tensor, k: int) -> Truncated | None:
     import torch
 
     of_b, of_a = b.mT @ b, a @ a.mT
-    lower, info = torch.linalg.cholesky_ex(of_b)
-    if int(info):
+    lower = cholesky(of_b)
+    if lower is None:
         return None
     values, vectors = torch.linalg.eigh(lower.mT @ of_a @ lower)
     if not float(values[-k]) > LEAST_RATIO**2 * float(of_b.trace() * of_a.trace()):
@@ -94,8 +95,8 @@ def _orthonormal(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     import torch
 
     n = x.shape[1]
-    lower, info = torch.linalg.cholesky_ex(x.mT @ x)
-    if len(x) >= n and not int(info):
+    lower = cholesky(x.mT @ x) if len(x) >= n else None
+    if lower is not None:
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         inverse = torch.linalg.solve_triangular(lower.mT, eye, upper=True)
         if float(lower.norm() * inverse.norm()) <= MOST_CONDITION * n:
