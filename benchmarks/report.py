@@ -212,7 +212,9 @@ def gpu_table(data: Row) -> list[str]:
         f"against the cpu backend's bits: {checked or 'not checked in this run'}"
     )
     of = ", ".join(sorted({r["backend"] for r in data["kernels"]})) or "no kernel"
-    summary = f"<details><summary>{data['machine'].split(',')[0]}, kernel by kernel: {of}</summary>\n"
+    summary = (
+        f"<details><summary>{data['machine'].split(',')[0]}, kernel by kernel: {of}</summary>\n"
+    )
     parts = [summary, provenance(data, what), *table(columns, data["kernels"])]
     if data["rivals"]:
         parts += ["", *_rivals_table(data)]

@@ -386,12 +386,14 @@ def _device_scratch(plan: Plan, job: TensorJob, n: int, item_bytes: int, backend
 
     Keys of one expert (Triton), or what cuts in pieces take; ranks of a ranked drop, 4 bytes each and, where
     rows are not sorted in place, keys, their order and its inverse; decisions, a bit each; codes as float32
-    (Triton).
+    (Triton); a result before it is coded (CUDA).
     """
     request = _first_statistic(plan, job)
     if job.scope is Scope.MATRIX:
         return plan.cost(job).memory
     coded = _decoded(job, n, request) if backend == "triton" else 0
+    if backend == "cuda" and job.stored:
+        coded = n * job.stored.coding.dtype.itemsize
     return coded + _statistic_scratch(plan, job, request, n, item_bytes, backend)
 
 

@@ -16,7 +16,7 @@ from vector_runners import BackendRunner
 
 import fastmerge
 from fastmerge.errors import NonFiniteError, RecipeError
-from fastmerge.linalg import polar, spectrum, svd
+from fastmerge.linalg import polar, quadratic, spectrum, svd
 from fastmerge.linalg.leading import refined
 from fastmerge.methods.matrices import TABLES
 
@@ -311,6 +311,30 @@ def test_noise_is_told_where_a_library_reports_a_factor_of_nan(
     monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
     found = polar(a, route=route)
     assert found.rank == 5 and found.route == f"{route}, then gram"
+
+
+@pytest.mark.parametrize("lr, steps", [(1e-4, 300.0), (1e-3, 40.0), (1e-2, 7.0)])
+def test_a_polynomial_stands_for_an_iteration(lr: float, steps: float) -> None:
+    """In float64: products alone give what eigenvectors give."""
+    generator = torch.Generator().manual_seed(7)
+    start, z, w = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((30, 50), (30, 24), (24, 50))
+    )
+    w /= torch.linalg.matrix_norm(w, 2)
+    kept = quadratic.heavy_ball(lr, 0.9, steps)
+    values, vectors = torch.linalg.eigh(w.mT @ w)
+    values, vectors = values[-24:], vectors[:, -24:]
+    want = quadratic.filtered(start, z @ w, values, vectors, kept)
+    found = quadratic.iterated(start, z, w, 1.0, kept)
+    assert found is not None
+    assert apart(found - start, want - start) < 1e-8
+
+
+def test_no_polynomial_stands_for_what_is_not_smooth() -> None:
+    assert quadratic.polynomial(quadratic.heavy_ball(1e-4, 0.9, math.inf), 1.0) is None
+    assert quadratic.polynomial(quadratic.heavy_ball(1.0, 0.9, 300.0), 1.0) is None
+    assert quadratic.polynomial(quadratic.heavy_ball(1e-4, 0.9, 0.0), 1.0) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -47,6 +48,59 @@ def filtered(
     v = vectors.to(start.dtype)
     along = (d @ v) * (moved / values).to(start.dtype) - (start @ v) * moved.to(start.dtype)
     return start + along @ v.mT
+
+
+#: Degrees up to which products with C's factor are cheaper than its eigenvectors.
+MOST_DEGREES = 12
+#: Share of a function's largest value that a polynomial in its place may be off by.
+MOST_OFF = 1e-9
+
+
+def iterated(
+    start: Tensor, z: Tensor, w: Tensor, largest: float, kept: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Return X as `filtered` does, of C = W^T W and D = Z W, without eigenvectors; None: it takes too much.
+
+    f(l) = (1 - kept(l)) / l is all but constant where an iteration takes small steps, so that a polynomial of
+    few degrees stands for it: X = X_0 + (D - X_0 C) f(C) = X_0 + (Z - X_0 W^T) f(W W^T) W.
+
+    Args:
+        z: [m, p]; w: [p, n]. largest: what no eigenvalue of C exceeds.
+    """
+    import torch
+
+    powers = polynomial(kept, largest)
+    if powers is None:
+        return None
+    left = torch.addmm(z, start, w.mT, alpha=-1.0)
+    square = (w @ w.mT).mul_(2 / largest)
+    square.diagonal().sub_(1)
+    found = left * powers[-1]
+    for power in reversed(powers[:-1]):
+        found = torch.addmm(left, found, square, beta=power)
+    return torch.addmm(start, found, w)
+
+
+def polynomial(kept: Callable[[Tensor], Tensor], largest: float) -> list[float] | None:
+    """Return a_i with sum_i a_i (2 l / largest - 1)^i near (1 - kept(l)) / l for 0 < l <= largest; None: of
+    more than MOST_DEGREES."""
+    import numpy as np
+    import torch
+    from numpy.polynomial import chebyshev
+
+    def function(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = torch.from_numpy((x + 1) * (largest / 2))
+        found: NDArray[np.float64] = ((1 - kept(values)) / values).numpy()
+        return found
+
+    terms: NDArray[np.float64] = chebyshev.chebinterpolate(function, 4 * MOST_DEGREES)
+    left_out = np.cumsum(np.abs(terms)[::-1])[::-1]  # from each term on
+    if not np.isfinite(left_out).all() or left_out[0] == 0:
+        return None
+    wanted = int((left_out > MOST_OFF * left_out[0]).sum())
+    if wanted > MOST_DEGREES + 1:
+        return None
+    return [float(a) for a in chebyshev.cheb2poly(terms[:wanted])]
 
 
 def heavy_ball(lr: float, momentum: float, steps: float) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastmerge.linalg import inner, spectrum, svd
-from fastmerge.linalg.quadratic import filtered, heavy_ball
+from fastmerge.linalg.quadratic import filtered, heavy_ball, iterated
 from fastmerge.methods.matrices import (
     LAMBDA,
     WEIGHT,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Param("momentum", 0.9, "of the descent, without dampening", low=0.0, high=1.0),
     ),
     blocks=7.0,
-    flops=Flops(each=14.0, once=20.0),
+    flops=Flops(each=14.0, once=12.0),
 )
 def optmerge(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * X, X after `steps` on sum_k ||(X - Y_k) Z_k^T||_F^2 / ||D_k||_F^2 from
@@ -48,26 +48,30 @@ def optmerge(params: Params, deltas: Deltas) -> Add:
 
     n_experts = len(deltas)
     rank = int(min(deltas.shape) / n_experts)
-    start, u, v, cubes, squares = None, [], [], [], []
+    start, u, v, largest = None, [], [], 0.0
     for k, factor in enumerate(params.weight):
         delta = deltas[k] * factor
         triples = svd(delta, rank, floor=None)
-        share = 1 / (inner(delta, delta) or 1.0)
+        root = 1 / math.sqrt(inner(delta, delta) or 1.0)
         s = triples.s.double()
-        u.append(triples.u)
-        v.append(triples.vh)
-        squares.append(share * s**2)
-        cubes.append(share * s**3)
+        u.append(triples.u * (s**2 * root).to(triples.u.dtype))
+        v.append(triples.vh * (s * root).to(triples.vh.dtype)[:, None])
+        largest += float(s[0] * root) ** 2 if len(s) else 0.0
         start = delta.div_(n_experts) if start is None else start.add_(delta, alpha=1 / n_experts)
     assert start is not None
-    # C = W W^T with W = V diag(s sqrt(share)): its eigenvectors are W's left singular vectors.
-    rows = torch.cat(v)
-    whole = spectrum(rows * torch.cat(squares).sqrt().to(rows.dtype)[:, None])
-    kept = whole.rank()
-    d = (torch.cat(u, 1) * torch.cat(cubes).to(rows.dtype)) @ rows
-    vectors = whole.top(kept).vh.mT
+    # C = W^T W and D = Z W, with W = diag(s) V^T / ||D_k||_F and Z = U diag(s^2) / ||D_k||_F side by side.
+    z, w = torch.cat(u, 1), torch.cat(v)
+    del u, v
     along = heavy_ball(params.lr, params.momentum, params.steps)
-    return Add(filtered(start, d, whole.s[:kept] ** 2, vectors, along), params.lambda_)
+    if largest == 0:
+        return Add(start, params.lambda_)
+    found = iterated(start, z, w, largest, along)
+    if found is None:
+        whole = spectrum(w)
+        kept = whole.rank()
+        vectors = whole.top(kept).vh.mT
+        found = filtered(start, z @ w, whole.s[:kept] ** 2, vectors, along)
+    return Add(found, params.lambda_)
 
 
 @optmerge.oracle
