@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,10 +88,9 @@ def polynomial(kept: Callable[[Tensor], Tensor], largest: float) -> list[float] 
     import torch
     from numpy.polynomial import chebyshev
 
-    def function(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def function(x: NDArray[np.float64]) -> Any:  # numpy's types want a number of an array
         values = torch.from_numpy((x + 1) * (largest / 2))
-        found: NDArray[np.float64] = ((1 - kept(values)) / values).numpy()
-        return found
+        return ((1 - kept(values)) / values).numpy()
 
     terms: NDArray[np.float64] = chebyshev.chebinterpolate(function, 4 * MOST_DEGREES)
     left_out = np.cumsum(np.abs(terms)[::-1])[::-1]  # from each term on
