@@ -180,6 +180,11 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
                     @ torch.linalg.solve_triangular(lower, part.double(), upper=False).float()
                 )
 
+    def projected(rank: int) -> Tensor:
+        """The average, onto so many directions."""
+        basis = short[:, :rank]
+        return basis @ (basis.mT @ short)
+
     return [
         Case(
             "tsv_m",
@@ -234,7 +239,7 @@ def cases(given: Inputs, bench: FusionBench | None, rank: int, step_limit: int) 
             "Sub-MoE",
             lambda: fastmerge.ops.merge_experts(deltas, rank=len(square) // 4),
             rivals(lambda _: svd_rivals.sub_moe(deltas, len(square) // 4)),
-            lambda: half_grams_and_eigh(deltas),
+            lambda: (half_grams_and_eigh(deltas), projected(len(square) // 4)),
             lambda: svd_rivals.sub_moe([d.double().cpu() for d in deltas], len(square) // 4),
             added=False,
         ),
