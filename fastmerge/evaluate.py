@@ -275,22 +275,24 @@ class _Deltas:
         return len(self.operands.experts)
 
     def __getitem__(self, k: int) -> Tensor:
+        return self._sum(self.operands.experts[k : k + 1], [1.0])
+
+    def total(self, weight: Sequence[float]) -> Tensor:
+        return self._sum(self.operands.experts, weight)
+
+    def _sum(self, experts: Sequence[Buffer | Coded], weight: Sequence[float]) -> Tensor:
         import torch
 
         held = self.operands
         assert held.base is not None
-        pair = Operands(None, [held.experts[k], held.base], held.cols, held.compute, held.start)
-        difference = Walk(np.array([[1.0], [-1.0]]), add_base=False)
-        delta = torch.empty(
+        part = Operands(held.base, experts, held.cols, held.compute, held.start)
+        walk = Walk(np.array(weight)[:, None], add_base=False, only_delta=True)
+        made = torch.empty(
             self.shape, dtype=getattr(torch, held.compute.torch), device=held.base.device
         )
-        bad = False
-        for a, chunk in pair.chunks(Grain.ELEMENT, self.limit):
-            out = buffer_of(delta).slice(a, a + chunk.n)
-            bad |= self.kernels.walk(difference, chunk, out)
-        if bad:
-            raise _NotFinite(delta)
-        return delta
+        if run_walk(self.kernels, walk, part, buffer_of(made), self.limit):
+            raise _NotFinite(made)
+        return made
 
     def factors(self, k: int) -> tuple[Tensor, Tensor] | None:
         import torch
@@ -360,7 +362,7 @@ def start_walks(
         if isinstance(out, Coded):
             refuse_unwritable(kernels, [out.coding])
             unit = out.unit
-        for a, chunk in operands.chunks(grain(walk), limit, walk.add_base, unit):
+        for a, chunk in operands.chunks(grain(walk), limit, walk.takes_base, unit):
             cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
             target = out.slice(a, a + chunk.n)
             if isinstance(target, Coded) and target.feedback is not None:
@@ -409,7 +411,7 @@ def peak(
         walk, operands = identity(operands, walk)
     refuse_unrunnable(kernels, walk)
     bad, largest = False, 0.0
-    for a, chunk in operands.chunks(grain(walk), limit, walk.add_base):
+    for a, chunk in operands.chunks(grain(walk), limit, walk.takes_base):
         cut = _slice_given(walk, operands.start + a, operands.start + a + chunk.n)
         found, high = kernels.peak(cut, chunk, dtype)
         bad, largest = bad or found, max(largest, high)

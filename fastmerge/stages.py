@@ -2,12 +2,12 @@
 
 One coordinate of an element-wise merge goes through
 
-    delta_k = expert_k - base                    (or expert_k itself when `add_base` is off)
+    delta_k = expert_k - base                    (or expert_k itself where `takes_base` is off)
     keep      trim by |delta_k|, trim by variance over experts, random drop, given mask
     weight    value_k = coefficient_k * delta_k  (weight times rescale factor)
     elect     one sign; experts that disagree are left out
     combine   sum or max, divided, times lambda
-    out = base + merged                          one rounding, at the store
+    out = base + merged                          (or merged when `add_base` is off) one rounding, at the store
 
 A recipe is a generator: it yields statistics, is sent their results, and returns a `Walk`. These classes
 are plain data; `fastmerge.backends` turns them into kernel arguments. U is the number of units a
@@ -179,7 +179,10 @@ class Transform:
 
 @dataclass(frozen=True)
 class Walk:
-    """The whole element-wise merge of one tensor. coefficient: [K, U] by `axis`."""
+    """The whole element-wise merge of one tensor. coefficient: [K, U] by `axis`.
+
+    Without `add_base` the experts themselves are merged, or their deltas where `only_delta` says so.
+    """
 
     coefficient: F64
     axis: Axis = Axis.TENSOR
@@ -188,6 +191,16 @@ class Walk:
     combine: Combine = field(default_factory=Combine)
     add_base: bool = True
     transform: Transform | None = None
+    only_delta: bool = False
+
+    def __post_init__(self) -> None:
+        if self.add_base and self.only_delta:
+            raise ValueError("only_delta: the base is not added; say add_base=False")
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether the base is subtracted from the experts."""
+        return self.add_base or self.only_delta
 
 
 @dataclass(frozen=True)
@@ -287,6 +300,10 @@ class Deltas(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, k: int) -> Tensor:
         """Return expert_k - base."""
+        ...
+
+    def total(self, weight: Sequence[float]) -> Tensor:
+        """Return sum_k weight_k * (expert_k - base), by one reading of the operands."""
         ...
 
     def factors(self, k: int) -> tuple[Tensor, Tensor] | None:

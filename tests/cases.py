@@ -135,4 +135,13 @@ def random_walk(rng: Generator, shape: tuple[int, ...], k: int, with_base: bool)
         lambda_=float(rng.choice([1.0, 0.3, 1.7])),
     )
     keep = random_keep(rng, shape, k)
-    return Walk(rng.standard_normal((k, units)), axis, keep, elect, combine, add_base=with_base)
+    only_delta = with_base and bool(rng.random() < 0.2)
+    return Walk(
+        rng.standard_normal((k, units)),
+        axis,
+        keep,
+        elect,
+        combine,
+        add_base=with_base and not only_delta,
+        only_delta=only_delta,
+    )

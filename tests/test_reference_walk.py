@@ -284,20 +284,24 @@ def test_walk_matches_scalars(elect: Elect | None, compute: DType, nonfinite: bo
     for seed, combine in enumerate(COMBINES):
         base, experts = walk_operands(nonfinite, seed, n, 3)
         coefficient = [1.0, [-0.6, 0.0, 1.0][seed % 3], 0.7]
-        for add_base in (True, False):
+        for add_base, only_delta in ((True, False), (False, False), (False, True)):
             w = Walk(
-                np.array(coefficient)[:, None], elect=elect, combine=combine, add_base=add_base
+                np.array(coefficient)[:, None],
+                elect=elect,
+                combine=combine,
+                add_base=add_base,
+                only_delta=only_delta,
             )
-            c = chunk(base if add_base else None, experts, n, compute)
+            c = chunk(base if w.takes_base else None, experts, n, compute)
             got, bad = walk(w, c, dtype)
             want, balance = [], 0
             for i in range(n):
                 b = real(base[i].item())
-                v = [real(x[i].item()) - b if add_base else real(x[i].item()) for x in experts]
+                v = [real(x[i].item()) - (b if w.takes_base else 0) for x in experts]
                 out, sign = scalar_walk(w, b, v, coefficient, real)
                 want.append(out)
                 balance += sign
-            assert_same_reals(got, want, f"{combine}, add_base={add_base}, seed {seed}")
+            assert_same_reals(got, want, f"{combine}, {add_base=}, {only_delta=}, seed {seed}")
             assert bad is any(bool((~x.isfinite()).any()) for x in experts)
             if elect is not None:
                 statistic = SignBalance(Keep(), w.coefficient, elect)

@@ -98,6 +98,7 @@ def merge_elements_kernel(
     TYPES: tl.constexpr,
     OUT: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    ADD_BASE: tl.constexpr,
     OVER: tl.constexpr,
     TRIM: tl.constexpr,
     REMOVE: tl.constexpr,
@@ -121,7 +122,10 @@ def merge_elements_kernel(
     LONG: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Merge one block: base + lambda * combine_k(coefficient_k * keep(expert_k - base))."""
+    """Merge one block: base + lambda * combine_k(coefficient_k * keep(expert_k - base)).
+
+    Without ADD_BASE nothing is added; without HAS_BASE nothing is subtracted either.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     flat = start + first
     lane = tl.arange(0, BLOCK)
@@ -233,7 +237,7 @@ def merge_elements_kernel(
         merged = tl.where(total == 0, 0.0, merged)
     if HAS_LAMBDA:
         merged = merged * load_scalar(table, LAMBDA, WIDE)
-    if HAS_BASE:
+    if ADD_BASE:
         merged = b + merged
     store_real(merged, out, first, lane, left, OUT, WIDE, ALIGNED, MASKED)
     raised = tl.max(((seen & ALARM) != 0).to(tl.int32), 0)

@@ -192,7 +192,7 @@ class CpuKernels(Kernels):
         if chunk.n == 0:
             return False
         plan, known = self._plan(walk)
-        operands = _operands(chunk, walk.add_base)
+        operands = _operands(chunk, walk.takes_base)
         if isinstance(out, Coded):
             native = lower_coded(_cpu, out)
             bad, *sums = _cpu.walk_coded(plan, operands, _is_f64(chunk), known, native)
@@ -203,7 +203,7 @@ class CpuKernels(Kernels):
 
     def peak(self, walk: Walk, chunk: Chunk, dtype: DType) -> tuple[bool, float]:
         plan, known = self._plan(walk)
-        operands = _operands(chunk, walk.add_base)
+        operands = _operands(chunk, walk.takes_base)
         return _cpu.walk_peak(plan, operands, _is_f64(chunk), known, dtype.code)
 
     def _plan(self, walk: Walk) -> tuple[_cpu.Walk, _cpu.Decided | None]:

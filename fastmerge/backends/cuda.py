@@ -302,7 +302,7 @@ class CudaKernels(Kernels):
         owned.append(ranks)
         return (
             lower_walk(self._native, walk, self._lower_keep(queue, keep, ranks.owned)),
-            lower_operands(self._native, chunk, walk.add_base),
+            lower_operands(self._native, chunk, walk.takes_base),
             _is_f64(chunk),
             *ranks.addresses,
         )

@@ -433,16 +433,16 @@ class ReferenceKernels(Kernels):
     def walk(self, walk: Walk, chunk: Chunk, out: Buffer | Coded) -> bool:
         if chunk.n == 0:
             return False
-        tile = _tile(chunk, walk.add_base)
+        tile = _tile(chunk, walk.takes_base)
         base = None if chunk.base is None else _view(chunk.base).to(tile.real)
-        if walk.add_base and base is None:
-            raise ValueError("walk: no base to add to")
+        if walk.takes_base and base is None:
+            raise ValueError("walk: no base to add to or to take deltas from")
         if not chunk.experts:
             if base is None:
                 raise ValueError("walk: neither experts nor a base")
             result = base
         else:
-            merged = _merged(walk, tile, base if walk.add_base else None)
+            merged = _merged(walk, tile, base if walk.takes_base else None)
             result = base + merged if walk.add_base and base is not None else merged
         # Looked at before the store: `out` may be the base's own memory.
         operands = [chunk.base, *chunk.experts]

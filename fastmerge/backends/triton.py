@@ -274,7 +274,7 @@ class TritonKernels(Kernels):
                 assert chunk.base is not None
                 chunk = Chunk(None, [chunk.base], chunk.start, chunk.n, chunk.cols, chunk.compute)
                 walk = Walk(np.ones((1, 1)), add_base=False)
-            elif not walk.add_base:
+            elif not walk.takes_base:
                 chunk = Chunk(None, chunk.experts, chunk.start, chunk.n, chunk.cols, chunk.compute)
             works.append((chunk, out))
             plans.append(lower_walk(walk, len(chunk.experts), chunk.compute is DType.F64))

@@ -149,7 +149,8 @@ def lower_walk(walk: Walk, n_experts: int, wide: bool) -> Plan:
     elect, combine = walk.elect, walk.combine
     by_weight = elect is not None and combine.divide_by == "weight"
     plan.flags |= {
-        "HAS_BASE": walk.add_base,
+        "HAS_BASE": walk.takes_base,
+        "ADD_BASE": walk.add_base,
         "OVER": int(walk.axis) + 1,
         "RESCALE": plan.rescale,
         "VOTE": VOTES[elect.by] if elect else 0,

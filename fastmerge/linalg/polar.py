@@ -124,6 +124,13 @@ def _error(q: Tensor, basis: Tensor, rest: Tensor) -> float:
     return float(g.norm()) / math.sqrt(max(1, rank))
 
 
+def _square(x: Tensor) -> Tensor:
+    """Return x x^T in the type of x, for about half of the product."""
+    square = x.new_empty((len(x), len(x)))
+    add_square(square, x, more=False)
+    return mirrored(square)
+
+
 def _from_one(g: Tensor) -> float:
     g = g.clone()
     g.diagonal().sub_(1)
@@ -133,22 +140,35 @@ def _from_one(g: Tensor) -> float:
 def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar | None:
     import torch
 
-    x, factor = a, None
-    if len(a) < a.shape[1]:  # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A
-        factor = cholesky(square)
-        if factor is None:
-            return None
-        x = factor.to(a.dtype)
-    elif not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
-        return None  # found out for less than an inverse takes
-    inverse, info = torch.linalg.inv_ex(x)
-    if int(info):
+    if len(a) == a.shape[1]:
+        if not _has_full_rank(square, floor * 1.05 * largest_singular_value(a)):
+            return None  # found out for less than an inverse takes
+        inverse, info = torch.linalg.inv_ex(a)
+        return None if int(info) else _iterated(a, inverse, floor, tolerance)
+    # A = L Q0 with orthonormal rows of Q0, so Q(A) = Q(L) L^-1 A.
+    lower = cholesky(square)
+    if lower is None:
         return None
+    x = lower.to(a.dtype)
+    one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.solve_triangular(x, one, upper=False)
+    found = _iterated(x, inverse, floor, tolerance)
+    if found is None:
+        return None
+    q = found.q @ times(lambda c: torch.linalg.solve_triangular(lower, c, upper=False), a)
+    q, error, more = _schulz(q, tolerance)
+    if error > tolerance:
+        return None
+    return found._replace(q=q, error=error, steps=found.steps + more)
+
+
+def _iterated(x: Tensor, inverse: Tensor, floor: float, tolerance: float) -> Polar | None:
+    """Return the polar factor of a square matrix by Newton's iteration; its inverse is overwritten."""
+    import torch
+
     # The power method tells a little too little.
-    largest, smallest = (
-        1.05 * largest_singular_value(x),
-        1 / (1.05 * largest_singular_value(inverse)),
-    )
+    largest = 1.05 * largest_singular_value(x)
+    smallest = 1 / (1.05 * largest_singular_value(inverse))
     if not smallest > floor * largest:
         return None
     # Singular values lie in [1 / t, t] once they are scaled, and in [1, (t + 1 / t) / 2] after a step.
@@ -162,24 +182,24 @@ def _newton(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar 
             break
         scale, t = 1 / math.sqrt(t), math.sqrt(t)
         inverse = torch.linalg.inv(x)
-    q = x
-    if factor is not None:
-        lower = factor
-        q = x @ times(lambda c: torch.linalg.solve_triangular(lower, c, upper=False), a)
-    g = q @ q.mT
-    before = _from_one(g)
-    while (
-        before > tolerance / 10 and steps < MOST_STEPS
-    ):  # Newton and Schulz: products alone, for the last of it
+    q, error, more = _schulz(x, tolerance)
+    return Polar(q, len(q), error, "newton", steps + more) if error <= tolerance else None
+
+
+def _schulz(q: Tensor, tolerance: float) -> tuple[Tensor, float, int]:
+    """Return (q, its error, steps) after Newton and Schulz's steps, products alone, while they gain."""
+    import torch
+
+    g = _square(q)
+    error, steps = _from_one(g), 0
+    while error > tolerance / 10 and steps < MOST_STEPS:
         q = torch.addmm(q, g, q, beta=1.5, alpha=-0.5)
         steps += 1
-        g = q @ q.mT
-        error = _from_one(g)
+        g = _square(q)
+        before, error = error, _from_one(g)
         if error > before / 2:
-            before = error
             break
-        before = error
-    return Polar(q, len(q), before, "newton", steps) if before <= tolerance else None
+    return q, error, steps
 
 
 def _bound(x: Tensor) -> float:
@@ -213,7 +233,7 @@ def _express(a: Tensor, square: Tensor, floor: float, tolerance: float) -> Polar
         return None
     x = a / min(float(a.norm()), _bound(a), largest)
     for step in range(MOST_STEPS + 1):
-        g = x @ x.mT
+        g = _square(x)
         error = _from_one(g)
         if error <= tolerance:
             return Polar(x, len(a), error, "express", step)

@@ -15,7 +15,6 @@ from fastmerge.methods.matrices import (
     added,
     matrix_method,
     polar_oracle,
-    sum_of,
     triples_of_sum,
     weighted_sum,
 )
@@ -57,7 +56,7 @@ def iso_c(params: Params, deltas: Deltas) -> Add:
     if triples is not None:
         q, rank, mass = triples.u @ triples.vh, len(triples.s), float(triples.s.sum())
     else:
-        total = sum_of(deltas, params.weight)
+        total = deltas.total(params.weight)
         q, rank, _, _, _ = polar(
             total, floor=None if stable else 0.0, route="auto" if stable else "svd"
         )
@@ -129,7 +128,7 @@ def iso_cts(params: Params, deltas: Deltas) -> Add:
         kept = int((found.s > noise).sum()) if stable else k
         return SVD(found.u[:, :kept], found.s[:kept], found.vh[:kept])
 
-    total = sum_of(deltas, params.weight)
+    total = deltas.total(params.weight)
     common = leading(total, k_common, float(total.norm()))
     parts, basis = [], common.u.double()
     for k, weight in enumerate(params.weight) if k_task else ():

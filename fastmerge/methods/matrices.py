@@ -257,6 +257,9 @@ class _Rows:
     def __getitem__(self, k: int) -> Tensor:
         return self.deltas[k][self.rows].clone()
 
+    def total(self, weight: Sequence[float]) -> Tensor:
+        return self.deltas.total(weight)[self.rows].clone()
+
     def factors(self, k: int) -> tuple[Tensor, Tensor] | None:
         found = self.deltas.factors(k)
         return found and (found[0][self.rows], found[1])
@@ -274,14 +277,6 @@ def _side_by_side(parts: Sequence[Add]) -> Add:
 
 
 # ---- what several do -----------------------------------------------------------------------------
-
-
-def sum_of(deltas: Deltas, weight: Sequence[float]) -> Tensor:
-    """Return sum_k weight_k * delta_k, one delta in memory at a time."""
-    total = deltas[0].mul_(weight[0])
-    for k in range(1, len(deltas)):
-        total.add_(deltas[k], alpha=weight[k])
-    return total
 
 
 def leading_triples(

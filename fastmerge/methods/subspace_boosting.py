@@ -12,7 +12,6 @@ from fastmerge.methods.matrices import (
     Flops,
     matrix_method,
     spectral_oracle,
-    sum_of,
     weighted_sum,
 )
 from fastmerge.registry import Param, Params
@@ -52,7 +51,7 @@ def subspace_boosting(params: Params, deltas: Deltas) -> Add:
 
     c is the first index with sum(s_1 .. s_c) >= beta * sum(s). Directions that are rounding noise stay out.
     """
-    found = spectrum(sum_of(deltas, params.weight))
+    found = spectrum(deltas.total(params.weight))
     least = level(found.s, params.beta)
     return Add(found.mapped(lambda s: s.clamp_min(float(least))), params.lambda_)
 

@@ -11,7 +11,6 @@ from fastmerge.methods.matrices import (
     WEIGHT,
     Flops,
     matrix_method,
-    sum_of,
     weighted_sum,
 )
 from fastmerge.registry import Param, Params
@@ -58,7 +57,7 @@ def _least(shape: Sequence[int], s: Tensor) -> float:
 )
 def svc(params: Params, deltas: Deltas) -> Add:
     """out = base + lambda * U diag(gamma * s) V^T, of A = sum_k weight_k * delta_k; see `calibrated`."""
-    return Add(calibrated(sum_of(deltas, params.weight), deltas, params.alpha), params.lambda_)
+    return Add(calibrated(deltas.total(params.weight), deltas, params.alpha), params.lambda_)
 
 
 @svc.oracle

@@ -14,7 +14,6 @@ from fastmerge.methods.matrices import (
     Plain,
     added,
     matrix_method,
-    sum_of,
 )
 from fastmerge.registry import Param, Params
 from fastmerge.stages import Add, Combine, Deltas, Walk
@@ -74,7 +73,7 @@ def twin_merging(params: Params, deltas: Deltas) -> Add:
 
     top keeps the int((1 - mask_rate) * r) leading singular triples; tensors that are no matrices keep all.
     """
-    shared_delta = sum_of(deltas, [params.shared_scale] * len(deltas))
+    shared_delta = deltas.total([params.shared_scale] * len(deltas))
     total = shared_delta.clone()
     k = int((1 - params.mask_rate) * min(deltas.shape))
     for j, weight in enumerate(params.weight):
