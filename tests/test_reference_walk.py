@@ -378,3 +378,8 @@ def test_missing_base_is_an_error() -> None:
     x = torch.ones(3)
     with pytest.raises(ValueError, match="no base to add to"):
         walk(Walk(np.ones((1, 1))), chunk(None, [x], 3), torch.float32)
+
+
+def test_a_base_is_not_both_added_and_left_out() -> None:
+    with pytest.raises(ValueError, match="say add_base=False"):
+        Walk(np.ones((1, 1)), only_delta=True)
