@@ -52,6 +52,7 @@ bench-svd: venv
 	test -d build/rivals || $(BIN)/pip install -q --no-deps --target build/rivals fusion-bench
 	$(BIN)/python benchmarks/bench_svd.py --rivals build/rivals
 	$(BIN)/python benchmarks/bench_merge.py --decompose --experts 4
+	$(BIN)/python benchmarks/bench_merge.py --decompose --experts 3 --parameters 150e6
 	$(BIN)/python benchmarks/report.py
 
 accuracy: venv

@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of ours; mergekit runs once")
     parser.add_argument("--methods", nargs="+", choices=list(EXPERT), metavar="METHOD")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--name", help="of the result file; merge-540m, cold, sweep or decompose")
+    parser.add_argument("--name", help="of the result file; merge-540m, cold, sweep or decompose-540m")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.set_defaults(mode="merge")
@@ -293,7 +293,8 @@ def main() -> None:
         require_mergekit()
     packages = ["fastmerge", "torch", *(["mergekit"] if peer else [])]
     result = {**environment(*packages), **benchmark(options)}
-    size = f"-{options.parameters / 1e6:g}m" if options.mode == "merge" else ""
+    size = f"-{options.parameters / 1e6:g}m" if options.mode in ("merge", "decompose") else ""
+    options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{options.name or options.mode + size}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")

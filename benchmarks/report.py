@@ -444,7 +444,7 @@ TABLES = {
     "svd_methods": svd_methods_table,
     "svd_speed": results("svd.json", svd_table),
     "svd_gpu": results("svd-*.json", svd_table),
-    "svd_merges": results("decompose.json", decompose_table),
+    "svd_merges": results("decompose-*.json", decompose_table),
     "svd_accuracy": results("accuracy_svd.json", accuracy_table),
 }
 
