@@ -279,7 +279,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of ours; mergekit runs once")
     parser.add_argument("--methods", nargs="+", choices=list(EXPERT), metavar="METHOD")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--name", help="of the result file; merge-540m, cold, sweep or decompose-540m")
+    parser.add_argument(
+        "--name", help="of the result file; merge-540m, cold, sweep or decompose-540m"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.set_defaults(mode="merge")
